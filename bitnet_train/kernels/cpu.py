@@ -1,0 +1,26 @@
+"""The CPU backend: the product of codes as an int8 matmul with int32 accumulation, the rest as in the reference.
+
+On CPUs with VNNI an int8 matmul runs at about twice the rate of bf16 and ten times that of float32; elsewhere oneDNN
+falls back to slower code with the same result.
+"""
+
+import torch
+from torch import Tensor
+
+from bitnet_train.kernels.reference import ReferenceBackend
+
+
+class CpuBackend(ReferenceBackend):
+    """``torch._int_mm`` in the forward; integers are exact, so the result equals the reference bit for bit."""
+
+    name = "cpu"
+
+    def unsupported(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it needs a CPU, not {device.type}"
+        return None
+
+    def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
+        if codes_x.shape[-1] * 128 >= 2**24:  # int32 would hold it, the float32 dequantisation would not
+            raise ValueError(f"K={codes_x.shape[-1]} is too wide for an exact float32 product of codes (131,071 at most)")
+        return torch._int_mm(codes_x.contiguous(), codes_w.t())

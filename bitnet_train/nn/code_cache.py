@@ -1,0 +1,145 @@
+"""Keeps the codes of a model as buffers: ternarised once per optimizer step instead of once per forward.
+
+Micro-batches, recomputation, backward and evaluation then share one ternarisation. The codes are refreshed by hooks
+after every optimizer step and after loading a state dict, and by :meth:`CodeCache.refresh` after any other edit of the
+weights. Parameter version counters are not used: ``AdamW(fused=True)`` and edits through ``.data`` do not move them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_train.nn.bit_linear import BitLinear, SharedInput
+from bitnet_train.quant.weights import Codes, quantise_weight
+
+
+@dataclass
+class CodeStatistics:
+    """Sums over all quantised layers since the statistics were asked for; tensors, so that nothing waits for the device."""
+
+    zeros: Tensor
+    flips: Tensor
+    total: int
+
+    def zero_share(self) -> float:
+        """Share of the codes that are zero."""
+        return float(self.zeros) / self.total
+
+    def flip_rate(self) -> float:
+        """Share of the codes that the last refresh changed."""
+        return float(self.flips) / self.total
+
+
+class CodeCache:
+    """Holds the codes of every BitLinear in ``model`` from now on, until :meth:`release`.
+
+    Args:
+        model: any module with BitLinear layers; loading a state dict into it refreshes the codes.
+        optimizer: if given, each of its steps refreshes the codes.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.model = model
+        self.statistics: CodeStatistics | None = None
+        self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
+        self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
+        self._handles: list[Any] = [model.register_load_state_dict_post_hook(lambda *_: self.refresh())]
+        if optimizer is not None:
+            self.attach(optimizer)
+        self.refresh()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refresh after every step of ``optimizer``."""
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.refresh()))
+
+    @torch.no_grad()
+    def refresh(self, measure: bool = False) -> None:
+        """Derive all codes from the master weights; with ``measure`` also count zeros and flips into ``statistics``."""
+        measure = measure or self._measure_next
+        self._measure_next = False
+        zeros: list[Tensor] = []
+        flips: list[Tensor] = []
+        for layer, codes in self._fresh():
+            if measure:
+                zeros.append((codes.codes == 0).sum())
+                if layer.kept is not None:
+                    flips.append((codes.codes != layer.kept.codes).sum())
+            if layer.kept is not None and layer.kept.codes.shape == codes.codes.shape:
+                # In place: compiled graphs hold the buffers, and the stacks below are what the layers point into.
+                layer.kept.codes.copy_(codes.codes)
+                layer.kept.scale.copy_(codes.scale)
+            else:
+                layer.kept = codes
+        self._restack()
+        if measure and zeros:
+            none = torch.zeros_like(zeros[0])
+            total = sum(layer.weight.numel() for layer in self._layers)
+            self.statistics = CodeStatistics(sum(zeros, none), sum(flips, none), total)
+
+    _measure_next = False
+
+    def measure_next(self) -> None:
+        """Count zeros and flips in the next refresh (one pass over the codes, so not in every step)."""
+        self._measure_next = True
+
+    def release(self) -> None:
+        """Forget the codes and the hooks; the layers derive codes in every forward again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self._layers:
+            layer.kept = None
+        for shared in self._shared:
+            shared.codes = shared.row_scale = None
+
+    def _fresh(self) -> Iterator[tuple[BitLinear, Codes]]:
+        for layer in self._layers:
+            yield layer, quantise_weight(layer.weight, layer.quant)
+
+    def _restack(self) -> None:
+        for shared in self._shared:
+            keep_stack(shared)
+
+
+@torch.no_grad()
+def keep_stack(shared: SharedInput) -> None:
+    """Put the kept codes of the layers into the stacked buffers of ``shared``; the layers become views of the stack."""
+    layers = shared.bit_layers
+    kept = [layer.kept for layer in layers if layer.kept is not None]
+    if shared.codes is None or shared.codes.device != kept[0].codes.device:
+        shared.codes = torch.cat([k.codes for k in kept])
+        shared.row_scale = torch.cat([k.row_scale() for k in kept])
+        start = 0
+        for layer, k in zip(layers, kept, strict=True):
+            layer.kept = Codes(shared.codes[start : start + layer.out_features], k.scale)
+            start += layer.out_features
+        return
+    assert shared.row_scale is not None
+    start = 0
+    for k in kept:
+        rows = k.codes.shape[0]
+        if k.codes.data_ptr() != shared.codes[start].data_ptr():
+            shared.codes[start : start + rows].copy_(k.codes)
+        shared.row_scale[start : start + rows].copy_(k.row_scale())
+        start += rows
+
+
+def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
+    """Give the BitLinear layers of ``model`` codes that have no master weights, as when an export is read back.
+
+    ``codes`` maps module names to codes. The master weights are dropped, so that nothing can re-derive other codes.
+    Raises KeyError when a quantised layer is missing from ``codes`` and ValueError for a wrong shape.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitLinear):
+            given = codes[name]
+            if tuple(given.codes.shape) != (layer.out_features, layer.in_features):
+                raise ValueError(f"{name}: codes of shape {tuple(given.codes.shape)} for {layer}")
+            layer.kept = given
+            layer.weight = nn.Parameter(given.scale.new_empty(0), requires_grad=False)
+    for shared in model.modules():
+        if isinstance(shared, SharedInput) and shared.stackable:
+            keep_stack(shared)

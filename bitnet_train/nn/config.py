@@ -1,0 +1,108 @@
+"""The shape of the decoder and how its weights start: the ``model`` and ``init`` parts of the configuration."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import II, MISSING
+
+from bitnet_train.errors import ConfigError
+
+
+class Norms(Enum):
+    """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, or ``pre``."""
+
+    pre_sub = "pre_sub"
+    pre = "pre"
+
+
+class Activation(Enum):
+    """The nonlinearity of the gated FFN: squared ReLU or SiLU."""
+
+    relu2 = "relu2"
+    silu = "silu"
+
+
+class ResidualDtype(Enum):
+    """The type of the residual stream between blocks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass
+class DecoderConfig:
+    # Width of the residual stream.
+    hidden: int = 256
+    # Number of blocks.
+    layers: int = 4
+    # Query heads; the head dimension is hidden / heads.
+    heads: int = 4
+    # Key and value heads; fewer than heads is grouped-query attention.
+    kv_heads: int = 4
+    # Inner width of the gated FFN.
+    ffn: int = 768
+    # Longest sequence that positions are defined for, in tokens.
+    context: int = 1024
+    # Rows of the embedding; follows the tokenizer.
+    vocab: int = II("data.tokenizer.vocab_size")
+    # RMSNorm placement: pre_sub (BitNet 2B4T and llama.cpp's bitnet) or pre (the llama family, TriLM).
+    norms: Norms = Norms.pre_sub
+    # FFN nonlinearity: relu2 (BitNet 2B4T) or silu (llama.cpp's bitnet, the llama family).
+    activation: Activation = Activation.relu2
+    # Whether the output head is the embedding itself.
+    tie_embeddings: bool = True
+    # Base of the rotary position frequencies.
+    rope_theta: float = 500000.0
+    # Epsilon of every RMSNorm.
+    norm_eps: float = 1e-5
+    # Type of the residual stream: float32, bfloat16, or float16 (not with relu2, which overflows it).
+    residual_dtype: ResidualDtype = ResidualDtype.float32
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+
+def check_decoder(cfg: DecoderConfig) -> None:
+    """Raises ConfigError when the numbers of ``cfg`` do not make a decoder."""
+    for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "context", "vocab"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(f"model.{name} is {getattr(cfg, name)}; it must be at least 1.")
+    if cfg.hidden % cfg.heads:
+        raise ConfigError(f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden}.")
+    if cfg.heads % cfg.kv_heads:
+        raise ConfigError(f"model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}: choose a divisor of {cfg.heads}.")
+    if cfg.head_dim % 2:
+        raise ConfigError(f"The head dimension model.hidden / model.heads = {cfg.head_dim} is odd; rotary embeddings need it even.")
+    if cfg.residual_dtype is ResidualDtype.float16 and cfg.activation is Activation.relu2:
+        raise ConfigError(
+            "model.residual_dtype=float16 overflows with model.activation=relu2: use bfloat16 or float32, or the silu activation."
+        )
+    if cfg.norm_eps <= 0 or cfg.rope_theta <= 0:
+        raise ConfigError(f"model.norm_eps={cfg.norm_eps} and model.rope_theta={cfg.rope_theta} must both be positive.")
+
+
+@dataclass
+class InitConfig:
+    """Base of the initialisations; every subclass is an option of the ``init`` group."""
+
+    name: str = MISSING
+
+
+@dataclass
+class NormalInit(InitConfig):
+    name: str = "normal"
+    # Standard deviation of every weight matrix and of the embedding.
+    std: float = 0.02
+
+
+@dataclass
+class DepthScaledInit(InitConfig):
+    name: str = "depth_scaled"
+    # Standard deviation, divided by sqrt(2 * layers) for o_proj and down_proj, which write to the residual stream (GPT-2).
+    std: float = 0.02
+
+
+INIT_CONFIGS: dict[str, type[InitConfig]] = {"normal": NormalInit, "depth_scaled": DepthScaledInit}

@@ -1,0 +1,181 @@
+"""The decoder-only transformer, in three families that differ by two switches.
+
+- ``norms=pre_sub, activation=relu2``: BitNet b1.58 2B4T (arXiv 2504.12285): RMSNorm before attention and FFN, again
+  before o_proj and down_proj, and ``down(ffn_sub_norm(relu(gate)^2 * up))``.
+- ``norms=pre_sub, activation=silu``: the ``bitnet`` architecture of llama.cpp.
+- ``norms=pre, activation=silu``: the llama family, as TriLM and Falcon3-1.58 use it.
+
+No biases, rotary positions, grouped-query attention, tied or untied head. The seven projections of a block are
+BitLinear or nn.Linear as the QuantSpec says; embedding, head and norms stay floats. Parameter names are those of
+Hugging Face without the leading ``model.``. Norm and activation quantiser are one operation, done once for q/k/v and
+once for gate/up.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_train.kernels.backend import Backend
+from bitnet_train.kernels.op import compute_dtype
+from bitnet_train.nn.bit_linear import BitLinear, SharedInput, wide_enough
+from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decoder
+from bitnet_train.nn.kv_cache import KVCache
+from bitnet_train.nn.layout import block_linears, check_spec
+from bitnet_train.nn.norm import RMSNorm
+from bitnet_train.nn.rotary import rotary_table, rotate
+from bitnet_train.quant.spec import QuantSpec
+
+
+class LinearFactory:
+    """Makes the linear layers of one block: BitLinear or nn.Linear, as the spec says for the layer's full name."""
+
+    def __init__(self, cfg: DecoderConfig, spec: QuantSpec, layer: int, backend: Backend | None) -> None:
+        self.shapes = block_linears(cfg)
+        self.spec, self.layer, self.backend = spec, layer, backend
+
+    def __call__(self, name: str) -> nn.Linear:
+        out_features, in_features = self.shapes[name]
+        quant = self.spec.for_layer(f"layers.{self.layer}.{name}")
+        if not quant.quantised:
+            return nn.Linear(in_features, out_features, bias=False)
+        return BitLinear(in_features, out_features, bias=False, quant=quant, backend=self.backend)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions; the norm before it is fused into its input quantiser."""
+
+    def __init__(self, cfg: DecoderConfig, linear: LinearFactory, input_norm: RMSNorm) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.q_proj = linear("self_attn.q_proj")
+        self.k_proj = linear("self_attn.k_proj")
+        self.v_proj = linear("self_attn.v_proj")
+        self.o_proj = linear("self_attn.o_proj")
+        sub_norm = RMSNorm(cfg.hidden, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
+        self.attn_sub_norm = sub_norm
+        self.qkv = SharedInput((self.q_proj, self.k_proj, self.v_proj), input_norm, linear.backend)
+        self.out = SharedInput((self.o_proj,), sub_norm, linear.backend)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in self.qkv(x)
+        )  # each (batch, heads, tokens, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        causal = mask is None and (cache is None or cache.length == 0)
+        grouped = self.cfg.kv_heads != self.cfg.heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))[0]
+
+
+class FeedForward(nn.Module):
+    """The gated FFN: ``down(norm(act(gate(x)) * up(x)))``, with the inner norm only in the pre_sub family."""
+
+    def __init__(self, cfg: DecoderConfig, linear: LinearFactory, input_norm: RMSNorm) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        self.gate_proj = linear("mlp.gate_proj")
+        self.up_proj = linear("mlp.up_proj")
+        self.down_proj = linear("mlp.down_proj")
+        sub_norm = RMSNorm(cfg.ffn, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
+        self.ffn_sub_norm = sub_norm
+        self.gate_up = SharedInput((self.gate_proj, self.up_proj), input_norm, linear.backend)
+        self.down = SharedInput((self.down_proj,), sub_norm, linear.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide_enough(x, self.activation.value)
+        gate, up = self.gate_up(x)
+        inner = F.silu(gate) if self.activation is Activation.silu else F.relu(gate).square()
+        return self.down(inner * up)[0]
+
+
+class Block(nn.Module):
+    """One transformer block: attention and FFN, each added to the residual stream."""
+
+    def __init__(self, cfg: DecoderConfig, linear: LinearFactory) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps)
+        self.self_attn = Attention(cfg, linear, self.input_layernorm)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps)
+        self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(x, cos, sin, mask, cache, layer).to(x.dtype)
+        return x + self.mlp(x).to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """Token ids to logits.
+
+    Args:
+        cfg: the shape; checked.
+        spec: which linear layers are quantised how; checked against the layers.
+        backend: kernel backend; chosen by device when None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, cfg: DecoderConfig, spec: QuantSpec, backend: Backend | None = None) -> None:
+        check_decoder(cfg)
+        check_spec(cfg, spec)
+        super().__init__()
+        self.cfg, self.spec = cfg, spec
+        self.residual_dtype: torch.dtype = getattr(torch, cfg.residual_dtype.value)
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.hidden)
+        self.layers = nn.ModuleList(Block(cfg, LinearFactory(cfg, spec, i, backend)) for i in range(cfg.layers))
+        self.norm = RMSNorm(cfg.hidden, cfg.norm_eps)
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden, cfg.vocab, bias=False)
+        cos, sin = rotary_table(cfg.head_dim, cfg.context, cfg.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight (vocab, hidden): the embedding's when tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden_states(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """ids (batch, tokens) -> final normed states (batch, tokens, hidden).
+
+        ``documents`` (batch, tokens) numbers the document of each token and keeps attention inside documents.
+        ``cache`` supplies past tokens and receives the new ones; not together with ``documents``.
+        """
+        tokens = ids.shape[1]
+        start = cache.length if cache is not None else 0
+        if start + tokens > self.cfg.context:
+            raise ValueError(f"{start + tokens} tokens exceed model.context={self.cfg.context}")
+        mask = _attention_mask(tokens, start, documents, ids.device, cache is not None)
+        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
+        x = self.embed_tokens(ids).to(self.residual_dtype)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.length += tokens
+        return self.norm(x)
+
+    def forward(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """ids (batch, tokens) -> logits (batch, tokens, vocab) in the autocast type or the parameters' type."""
+        states = self.hidden_states(ids, documents, cache)
+        weight = self.head_weight
+        return F.linear(states.to(compute_dtype(weight)), weight)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty KV cache on the model's device, in the parameters' type."""
+        weight = self.embed_tokens.weight
+        return KVCache(self.cfg, batch, capacity, weight.device, weight.dtype)
+
+
+def _attention_mask(tokens: int, start: int, documents: Tensor | None, device: torch.device, cached: bool) -> Tensor | None:
+    """None where plain causal attention (or a single new token) will do, otherwise True where a query may look."""
+    if documents is not None:
+        if cached:
+            raise ValueError("document boundaries and a KV cache cannot be combined")
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
+    if start == 0 or tokens == 1:
+        return None
+    return torch.ones(tokens, start + tokens, dtype=torch.bool, device=device).tril(diagonal=start)

@@ -1,0 +1,61 @@
+"""Weight initialisation.
+
+======================  ================================================
+parameter               distribution
+======================  ================================================
+embedding, head         normal(0, std)
+linear layers           normal(0, std)
+o_proj, down_proj       depth_scaled: normal(0, std / sqrt(2 * layers))
+norm weights            1
+biases                  0
+======================  ================================================
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+
+from bitnet_train.errors import ConfigError
+from bitnet_train.kernels.backend import Backend
+from bitnet_train.nn.config import DecoderConfig, DepthScaledInit, InitConfig, NormalInit
+from bitnet_train.nn.decoder import Decoder
+from bitnet_train.quant.spec import QuantSpec
+
+RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
+
+# Config type -> function (config, parameter name, number of blocks) -> standard deviation of that matrix.
+INIT_STD: dict[type[InitConfig], Callable[..., float]] = {
+    NormalInit: lambda cfg, name, layers: cfg.std,
+    DepthScaledInit: lambda cfg, name, layers: cfg.std / math.sqrt(2 * layers if name.endswith(RESIDUAL_WRITERS) else 1),
+}
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, cfg: InitConfig, seed: int) -> None:
+    """Fill all parameters of ``model`` in place, from a generator of its own on the CPU.
+
+    The same seed gives the same weights whatever else has drawn random numbers and on whatever device. Raises
+    ConfigError when ``cfg`` is of an unregistered type or has a std that is not positive.
+    """
+    if type(cfg) not in INIT_STD:
+        raise ConfigError(f"init={cfg.name} has no entry in bitnet_train.nn.init.INIT_STD")
+    if getattr(cfg, "std", 1.0) <= 0:
+        raise ConfigError(f"init.std must be positive, it is {cfg.std}.")  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            std = INIT_STD[type(cfg)](cfg, name, model.cfg.layers)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def build_decoder(
+    cfg: DecoderConfig, spec: QuantSpec, init: InitConfig, seed: int, backend: Backend | None = None
+) -> Decoder:
+    """A Decoder with initialised weights on the CPU; see :class:`Decoder` for the arguments."""
+    model = Decoder(cfg, spec, backend)
+    init_weights(model, init, seed)
+    return model

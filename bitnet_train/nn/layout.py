@@ -1,0 +1,99 @@
+"""Names and shapes of every parameter of a decoder, as plain arithmetic.
+
+What a recipe costs, which layers an override meets and which formats a model fits can be answered from here without
+torch and without allocating a weight. A test holds it equal to the real module.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from bitnet_train.errors import ConfigError
+from bitnet_train.nn.config import DecoderConfig, Norms
+from bitnet_train.quant.spec import LayerQuant, QuantSpec
+
+
+class Role(Enum):
+    """What a parameter is for; decides weight decay, initialisation and quantisation."""
+
+    embedding = "embedding"
+    head = "head"
+    norm = "norm"
+    linear = "linear"
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter: its name in the state dict, shape and role."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def layer_name(self) -> str:
+        """The module that owns the parameter."""
+        return self.name.rpartition(".")[0]
+
+
+def block_linears(cfg: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of one block: name inside the block -> (out, in)."""
+    kv = cfg.kv_heads * cfg.head_dim
+    return {
+        "self_attn.q_proj": (cfg.hidden, cfg.hidden),
+        "self_attn.k_proj": (kv, cfg.hidden),
+        "self_attn.v_proj": (kv, cfg.hidden),
+        "self_attn.o_proj": (cfg.hidden, cfg.hidden),
+        "mlp.gate_proj": (cfg.ffn, cfg.hidden),
+        "mlp.up_proj": (cfg.ffn, cfg.hidden),
+        "mlp.down_proj": (cfg.hidden, cfg.ffn),
+    }
+
+
+def block_norms(cfg: DecoderConfig) -> dict[str, int]:
+    """The RMSNorms of one block: name inside the block -> width."""
+    norms = {"input_layernorm": cfg.hidden, "post_attention_layernorm": cfg.hidden}
+    if cfg.norms is Norms.pre_sub:
+        norms |= {"self_attn.attn_sub_norm": cfg.hidden, "mlp.ffn_sub_norm": cfg.ffn}
+    return norms
+
+
+def parameter_table(cfg: DecoderConfig) -> list[ParameterInfo]:
+    """Every parameter of the decoder in a fixed order; the tied head is not listed twice."""
+    table = [ParameterInfo("embed_tokens.weight", (cfg.vocab, cfg.hidden), Role.embedding)]
+    for layer in range(cfg.layers):
+        for name, shape in block_linears(cfg).items():
+            table.append(ParameterInfo(f"layers.{layer}.{name}.weight", shape, Role.linear))
+        for name, width in block_norms(cfg).items():
+            table.append(ParameterInfo(f"layers.{layer}.{name}.weight", (width,), Role.norm))
+    table.append(ParameterInfo("norm.weight", (cfg.hidden,), Role.norm))
+    if not cfg.tie_embeddings:
+        table.append(ParameterInfo("lm_head.weight", (cfg.vocab, cfg.hidden), Role.head))
+    return table
+
+
+def quantised_layers(cfg: DecoderConfig, spec: QuantSpec) -> dict[str, LayerQuant]:
+    """Module name -> quantisation of every linear layer of the blocks that the spec quantises."""
+    names = [p.layer_name for p in parameter_table(cfg) if p.role is Role.linear]
+    return {name: layer for name in names if (layer := spec.for_layer(name)).quantised}
+
+
+def check_spec(cfg: DecoderConfig, spec: QuantSpec) -> None:
+    """Raises ConfigError when an override matches no layer or groups do not divide a layer's rows."""
+    linears = {p.layer_name: p.shape for p in parameter_table(cfg) if p.role is Role.linear}
+    for pattern in spec.unmatched(linears):
+        raise ConfigError(
+            f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like 'layers.0.self_attn.o_proj'."
+        )
+    for name, layer in quantised_layers(cfg, spec).items():
+        try:
+            layer.group_count(linears[name][0])
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None

@@ -1,0 +1,39 @@
+"""Four codes a byte, in the row-interleaved layout that ``transformers`` reads."""
+
+import torch
+from torch import Tensor
+
+from bitnet_train.errors import ConfigError
+
+CODES_PER_BYTE = 4
+
+
+def pack_2bit(codes: Tensor) -> Tensor:
+    """Ternary or binary int8 codes (out, in) to uint8 (out / 4, in); the input is left as it is.
+
+    With ``R = out / 4``: ``packed[r, c] = sum_i (codes[i * R + r, c] + 1) << (2 * i)``
+    (transformers, integrations/bitnet.py, pack_weights). Raises ConfigError when out is no multiple of 4 and
+    ValueError for codes outside {-1, 0, 1}.
+    """
+    rows = codes.shape[0]
+    if rows % CODES_PER_BYTE:
+        raise ConfigError(f"2-bit packing needs a multiple of {CODES_PER_BYTE} output rows, this layer has {rows}.")
+    if codes.numel() and not bool(((codes >= -1) & (codes <= 1)).all()):
+        raise ValueError("codes outside {-1, 0, 1} do not fit two bits")
+    shifted = (codes.to(torch.int16) + 1).to(torch.uint8).reshape(CODES_PER_BYTE, rows // CODES_PER_BYTE, -1)
+    packed = shifted[0].clone()
+    for i in range(1, CODES_PER_BYTE):
+        packed |= shifted[i] << (2 * i)
+    return packed
+
+
+def unpack_2bit(packed: Tensor) -> Tensor:
+    """uint8 (out / 4, in) to int8 codes (out, in): the inverse of :func:`pack_2bit`.
+
+    Raises ValueError when a byte holds the unused fourth code, which no packer writes.
+    """
+    parts = [(packed >> (2 * i)) & 3 for i in range(CODES_PER_BYTE)]
+    codes = torch.cat(parts, dim=0)
+    if codes.numel() and int(codes.max()) == 3:
+        raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
+    return codes.to(torch.int8) - 1

@@ -1,0 +1,86 @@
+"""Weights to codes and scales. Plain PyTorch; the oracle for every fused kernel.
+
+A *scale* is always direct: ``value = code * scale``. Statistics are taken from the master weights before anything is
+quantised, and the same scale serves both directions.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitnet_train.quant.spec import LayerQuant
+
+SCALE_FLOOR = 1e-5
+
+
+class Codes(NamedTuple):
+    """Quantised weights: ``codes`` int8 of shape (out, in) and ``scale`` float32 of shape (groups,)."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def row_scale(self) -> Tensor:
+        """One float32 scale per output row, shape (out,): each group's scale repeated over its rows."""
+        return self.scale.repeat_interleave(self.codes.shape[0] // self.scale.shape[0])
+
+    def dequantise(self) -> Tensor:
+        """The float32 weights that the codes stand for, shape (out, in)."""
+        return self.codes.float() * self.row_scale()[:, None]
+
+
+def absmean_scale(weight: Tensor, groups: int) -> Tensor:
+    """Mean of ``|W|`` per group of rows, float32 of shape (groups,), clamped at 1e-5.
+
+    Summed in float64 and rounded once, so that neither the order of the sum nor the device flips a code.
+    A NaN or infinite weight makes the scale NaN or infinite, so that it shows in every output of the group.
+    """
+    grouped = weight.detach().float().reshape(groups, -1)
+    return grouped.abs().sum(dim=1, dtype=torch.float64).div(grouped.shape[1]).float().clamp(min=SCALE_FLOOR)
+
+
+def ternarise(weight: Tensor, threshold: float = 0.5, groups: int = 1) -> Codes:
+    """Master weight (out, in) to ternary codes and one scale per group of rows.
+
+    With ``scale = mean|W|`` of the group::
+
+        code = sign(W)  if |W| / scale > threshold  else  0
+
+    At the default ``threshold`` of 0.5 this is ``clip(round(W / scale), -1, 1)`` with rounding half to even, the
+    absmean quantiser of BitNet b1.58 (arXiv 2402.17764, equations 1-3). The scale does not depend on the threshold.
+    """
+    scale = absmean_scale(weight, groups)
+    ratio = weight.detach().float().reshape(groups, -1) / scale[:, None]
+    codes = (ratio > threshold).to(torch.int8) - (ratio < -threshold).to(torch.int8)
+    return Codes(codes.reshape(weight.shape), scale)
+
+
+def binarise(weight: Tensor, groups: int = 1) -> Codes:
+    """Master weight (out, in) to codes in {-1, 1} and one scale per group of rows.
+
+    ``code = sign(W - alpha)`` with ``alpha = mean W`` and sign(0) = +1, ``scale = beta = mean|W|``, all per group
+    (BitNet, arXiv 2310.11453, equations 1-3 and 12).
+    """
+    grouped = weight.detach().float().reshape(groups, -1)
+    alpha = grouped.sum(dim=1, dtype=torch.float64).div(grouped.shape[1]).float()
+    codes = torch.where(grouped >= alpha[:, None], 1, -1).to(torch.int8)
+    return Codes(codes.reshape(weight.shape), absmean_scale(weight, groups))
+
+
+# Add a quantiser: a function (master weight, LayerQuant, groups) -> Codes, and its name in config.WeightScheme.
+WEIGHT_QUANTISERS: dict[str, Callable[[Tensor, LayerQuant, int], Codes]] = {
+    "ternary": lambda weight, layer, groups: ternarise(weight, layer.threshold, groups),
+    "binary": lambda weight, layer, groups: binarise(weight, groups),
+}
+
+
+@torch.no_grad()
+def quantise_weight(weight: Tensor, layer: LayerQuant) -> Codes:
+    """Codes and scales of a master weight (out, in) under ``layer``.
+
+    Raises ValueError for a float layer and ConfigError when the groups do not divide the rows.
+    """
+    if not layer.quantised:
+        raise ValueError("a float layer has no codes")
+    return WEIGHT_QUANTISERS[layer.scheme](weight, layer, layer.group_count(weight.shape[0]))
