@@ -47,11 +47,23 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.quant = quant
         self.backend = backend
-        self.kept: Codes | None = None
+        self.codes: Tensor | None
+        self.scale: Tensor | None
+        self.register_buffer("codes", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+
+    @property
+    def kept(self) -> Codes | None:
+        """The codes and scale held as buffers, or None while they are derived in every forward."""
+        return None if self.codes is None or self.scale is None else Codes(self.codes, self.scale)
+
+    def keep(self, kept: Codes | None) -> None:
+        """Hold these codes as buffers from now on (None: derive them again). The caller keeps them fresh."""
+        self.codes, self.scale = (None, None) if kept is None else kept
 
     def quantised(self) -> Codes:
         """The current codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
-        return self.kept if self.kept is not None else quantise_weight(self.weight, self.quant)
+        return self.kept or quantise_weight(self.weight, self.quant)
 
     def forward(self, x: Tensor) -> Tensor:
         return shared_input_forward(x, [self], None, self.backend)[0]

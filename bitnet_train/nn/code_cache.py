@@ -5,7 +5,6 @@ after every optimizer step and after loading a state dict, and by :meth:`CodeCac
 weights. Parameter version counters are not used: ``AdamW(fused=True)`` and edits through ``.data`` do not move them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +43,7 @@ class CodeCache:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model = model
         self.statistics: CodeStatistics | None = None
+        self._measure_next = False
         self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
         self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
         self._handles: list[Any] = [model.register_load_state_dict_post_hook(lambda *_: self.refresh())]
@@ -62,24 +62,24 @@ class CodeCache:
         self._measure_next = False
         zeros: list[Tensor] = []
         flips: list[Tensor] = []
-        for layer, codes in self._fresh():
+        for layer in self._layers:
+            fresh, kept = quantise_weight(layer.weight, layer.quant), layer.kept
             if measure:
-                zeros.append((codes.codes == 0).sum())
-                if layer.kept is not None:
-                    flips.append((codes.codes != layer.kept.codes).sum())
-            if layer.kept is not None and layer.kept.codes.shape == codes.codes.shape:
-                # In place: compiled graphs hold the buffers, and the stacks below are what the layers point into.
-                layer.kept.codes.copy_(codes.codes)
-                layer.kept.scale.copy_(codes.scale)
+                zeros.append((fresh.codes == 0).sum())
+                if kept is not None:
+                    flips.append((fresh.codes != kept.codes).sum())
+            if kept is not None and kept.codes.device == fresh.codes.device:
+                # In place: compiled graphs hold the buffers, and the codes may be views of a stack.
+                kept.codes.copy_(fresh.codes)
+                kept.scale.copy_(fresh.scale)
             else:
-                layer.kept = codes
-        self._restack()
+                layer.keep(fresh)
+        for shared in self._shared:
+            keep_stack(shared)
         if measure and zeros:
             none = torch.zeros_like(zeros[0])
             total = sum(layer.weight.numel() for layer in self._layers)
             self.statistics = CodeStatistics(sum(zeros, none), sum(flips, none), total)
-
-    _measure_next = False
 
     def measure_next(self) -> None:
         """Count zeros and flips in the next refresh (one pass over the codes, so not in every step)."""
@@ -91,40 +91,33 @@ class CodeCache:
             handle.remove()
         self._handles = []
         for layer in self._layers:
-            layer.kept = None
+            layer.keep(None)
         for shared in self._shared:
             shared.codes = shared.row_scale = None
-
-    def _fresh(self) -> Iterator[tuple[BitLinear, Codes]]:
-        for layer in self._layers:
-            yield layer, quantise_weight(layer.weight, layer.quant)
-
-    def _restack(self) -> None:
-        for shared in self._shared:
-            keep_stack(shared)
 
 
 @torch.no_grad()
 def keep_stack(shared: SharedInput) -> None:
-    """Put the kept codes of the layers into the stacked buffers of ``shared``; the layers become views of the stack."""
+    """Bring the kept codes of the layers into the stacked buffers of ``shared``.
+
+    The stack is allocated when it is missing or on another device; the layers' codes then become views of it, so that
+    later refreshes write straight into it. (Moving the model to a device undoes the views, never the values.)
+    """
     layers = shared.bit_layers
-    kept = [layer.kept for layer in layers if layer.kept is not None]
+    kept = [layer.quantised() for layer in layers]
     if shared.codes is None or shared.codes.device != kept[0].codes.device:
-        shared.codes = torch.cat([k.codes for k in kept])
-        shared.row_scale = torch.cat([k.row_scale() for k in kept])
-        start = 0
-        for layer, k in zip(layers, kept, strict=True):
-            layer.kept = Codes(shared.codes[start : start + layer.out_features], k.scale)
-            start += layer.out_features
+        shared.codes, shared.row_scale = torch.cat([k.codes for k in kept]), torch.cat([k.row_scale() for k in kept])
+        parts = torch.split(shared.codes, [layer.out_features for layer in layers])
+        for layer, k, part in zip(layers, kept, parts, strict=True):
+            layer.keep(Codes(part, k.scale))
         return
     assert shared.row_scale is not None
-    start = 0
-    for k in kept:
-        rows = k.codes.shape[0]
-        if k.codes.data_ptr() != shared.codes[start].data_ptr():
-            shared.codes[start : start + rows].copy_(k.codes)
-        shared.row_scale[start : start + rows].copy_(k.row_scale())
-        start += rows
+    rows = [layer.out_features for layer in layers]
+    parts, scales = torch.split(shared.codes, rows), torch.split(shared.row_scale, rows)
+    for k, part, scale in zip(kept, parts, scales, strict=True):
+        if k.codes.data_ptr() != part.data_ptr():
+            part.copy_(k.codes)
+        scale.copy_(k.row_scale())
 
 
 def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
@@ -138,7 +131,7 @@ def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
             given = codes[name]
             if tuple(given.codes.shape) != (layer.out_features, layer.in_features):
                 raise ValueError(f"{name}: codes of shape {tuple(given.codes.shape)} for {layer}")
-            layer.kept = given
+            layer.keep(given)
             layer.weight = nn.Parameter(given.scale.new_empty(0), requires_grad=False)
     for shared in model.modules():
         if isinstance(shared, SharedInput) and shared.stackable:

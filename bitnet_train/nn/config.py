@@ -105,4 +105,10 @@ class DepthScaledInit(InitConfig):
     std: float = 0.02
 
 
+def check_init(cfg: InitConfig) -> None:
+    """Raises ConfigError for a spread that is not positive."""
+    if isinstance(cfg, NormalInit | DepthScaledInit) and cfg.std <= 0:
+        raise ConfigError(f"init.std must be positive, it is {cfg.std:g}.")
+
+
 INIT_CONFIGS: dict[str, type[InitConfig]] = {"normal": NormalInit, "depth_scaled": DepthScaledInit}

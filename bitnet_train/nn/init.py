@@ -37,12 +37,10 @@ def init_weights(model: Decoder, cfg: InitConfig, seed: int) -> None:
     """Fill all parameters of ``model`` in place, from a generator of its own on the CPU.
 
     The same seed gives the same weights whatever else has drawn random numbers and on whatever device. Raises
-    ConfigError when ``cfg`` is of an unregistered type or has a std that is not positive.
+    ConfigError when ``cfg`` is of an unregistered type.
     """
     if type(cfg) not in INIT_STD:
         raise ConfigError(f"init={cfg.name} has no entry in bitnet_train.nn.init.INIT_STD")
-    if getattr(cfg, "std", 1.0) <= 0:
-        raise ConfigError(f"init.std must be positive, it is {cfg.std}.")  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import ConfigError
-
-CODES_PER_BYTE = 4
+from bitnet_train.quant.spec import CODES_PER_BYTE
 
 
 def pack_2bit(codes: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from fnmatch import fnmatchcase
 from bitnet_train.errors import ConfigError
 from bitnet_train.quant.config import OverrideConfig, QuantConfig, WeightScheme
 
+# How many 2-bit codes a packed byte holds, and so what the rows of a packed matrix must be a multiple of.
+CODES_PER_BYTE = 4
+
 
 @dataclass(frozen=True)
 class LayerQuant:

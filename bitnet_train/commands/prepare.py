@@ -1,0 +1,54 @@
+"""``command=prepare``: corpus -> tokenizer -> token shards, once."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bitnet_train.config import Config
+from bitnet_train.data.config import DataConfig
+from bitnet_train.data.prepare import prepare, prepared, shard_folder
+from bitnet_train.data.shards import Manifest, verify_shards
+from bitnet_train.data.tokenizer import load_tokenizer
+
+MEGABYTE = 1_000_000
+
+
+def run(cfg: Config) -> int:
+    """Make the shards of ``cfg.data``, or verify those that exist (``data.rebuild=true`` makes them again)."""
+    console = Console()
+    folder, manifest = ensure_prepared(cfg, console)
+    for split, entry in manifest.splits.items():
+        console.print(
+            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens "
+            f"({entry['bytes'] / entry['tokens']:.2f} bytes per token) in {len(entry['shards'])} shard(s)"
+        )
+    checked = verify_shards(folder, manifest, cfg.data.verify)
+    load_tokenizer(folder)
+    console.print(f"shards: {folder}; checked {checked}; fingerprint {manifest.fingerprint[:16]}")
+    return 0
+
+
+def ensure_prepared(cfg: Config, console: Console) -> tuple[Path, Manifest]:
+    """The shard folder of ``cfg.data`` and its manifest, prepared now if need be."""
+    root = Path(cfg.paths.data)
+    if not cfg.data.rebuild:
+        manifest = prepared(cfg.data, root)
+        if manifest is not None:
+            return shard_folder(cfg.data, root), manifest
+    return shard_folder(cfg.data, root), _prepare(cfg.data, root, console)
+
+
+def _prepare(cfg: DataConfig, root: Path, console: Console) -> Manifest:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[done]}"), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("reading", total=None, done="")
+
+        def progress(stage: str, done: int) -> None:
+            bar.update(task, description=stage, done=f"{done / MEGABYTE:,.1f} MB")
+
+        if not console.is_terminal:
+            console.print(f"preparing {cfg.corpus.name}: tokenizer, then token shards")
+        return prepare(cfg, root, progress)

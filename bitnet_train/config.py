@@ -1,0 +1,175 @@
+"""The whole configuration as one dataclass, assembled from the parts' own, and the rules between its fields.
+
+Importing this loads neither torch nor Lightning, so that a typo is answered at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
+from bitnet_train.errors import ConfigError, did_you_mean
+from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig
+from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.rules import check_formats
+from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
+from bitnet_train.nn.layout import check_spec
+from bitnet_train.quant.spec import build_spec
+from bitnet_train.training.checks import check_training
+from bitnet_train.training.config import (
+    CLIP_CONFIGS,
+    LOGGER_CONFIGS,
+    LOSS_CONFIGS,
+    OPTIMIZER_CONFIGS,
+    SCHEDULE_CONFIGS,
+    RunConfig,
+)
+
+
+class Command(Enum):
+    """One job on a configuration; each has a file in ``bitnet_train/commands``."""
+
+    train = "train"
+    prepare = "prepare"
+    estimate = "estimate"
+    export = "export"
+    verify = "verify"
+    evaluate = "evaluate"
+    generate = "generate"
+
+
+# Commands that read the configuration of the run they work on.
+ON_A_RUN = (Command.export, Command.verify, Command.evaluate, Command.generate)
+
+
+@dataclass
+class PathsConfig:
+    # Where runs are kept.
+    runs: str = "runs"
+    # Where prepared token shards are kept.
+    data: str = "data"
+
+
+@dataclass
+class Config(RunConfig):
+    # What to do: train, prepare, estimate, export, verify, evaluate or generate.
+    command: Command = Command.train
+    # Name of the run's folder under paths.runs; null for the recipe's name.
+    run_name: str | None = None
+    # The run folder that export, verify, evaluate and generate work on (the last two also take an export's folder).
+    run: str | None = None
+    # Folders.
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    # resume.from=runs/NAME@STEP starts a new run from a checkpoint of another (without @STEP: its last one).
+    resume: dict[str, Any] = field(default_factory=lambda: {"from": None})
+    # Formats of export.
+    export: ExportConfig = field(default_factory=ExportConfig)
+    # What evaluate measures.
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    # What generate writes.
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+# Where the configuration has a choice of variants: key -> name -> dataclass. These are Hydra's config groups too.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "init": INIT_CONFIGS,
+    "data.corpus": CORPUS_CONFIGS,
+    "data.tokenizer": TOKENIZER_CONFIGS,
+    "optimizer": OPTIMIZER_CONFIGS,
+    "schedule": SCHEDULE_CONFIGS,
+    "weight_decay_schedule": SCHEDULE_CONFIGS,
+    "clip": CLIP_CONFIGS,
+    "loss": LOSS_CONFIGS,
+    "logger": LOGGER_CONFIGS,
+}
+
+# What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
+MAY_CHANGE = (
+    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "logger", "checkpoint", "samples",
+    "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every", "trainer.micro_batch",
+    "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
+)  # fmt: skip
+
+
+def validate(cfg: Config) -> None:
+    """Every rule between fields, before any work. Raises ConfigError with the first that is broken."""
+    check_decoder(cfg.model)
+    spec = build_spec(cfg.quant)
+    check_spec(cfg.model, spec)
+    check_init(cfg.init)
+    check_data(cfg.data, cfg.model.context)
+    if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab={cfg.model.vocab} is smaller than data.tokenizer.vocab_size={cfg.data.tokenizer.vocab_size}: "
+            "raise it, or leave it out to follow the tokenizer."
+        )
+    check_training(cfg)
+    check_formats(cfg.export, cfg.model, spec)
+    if set(cfg.resume) != {"from"}:
+        wrong = next(iter(set(cfg.resume) - {"from"}), "from")
+        raise ConfigError(f"resume.{wrong} is not a configuration key; the only one is resume.from.{did_you_mean(wrong, ['from'])}")
+    if cfg.generate.max_new_tokens < 1 or cfg.generate.temperature < 0 or (cfg.generate.top_k or 1) < 1:
+        raise ConfigError("generate.max_new_tokens and generate.top_k must be at least 1 and generate.temperature at least 0.")
+    if cfg.evaluate.window is not None and not 1 <= cfg.evaluate.window <= cfg.model.context:
+        raise ConfigError(f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}.")
+
+
+def to_config(node: DictConfig) -> Config:
+    """The typed configuration of a composed one, validated. Raises ConfigError."""
+    cfg = OmegaConf.to_object(node)
+    assert isinstance(cfg, Config)
+    validate(cfg)
+    return cfg
+
+
+def to_plain(cfg: Config) -> dict[str, Any]:
+    """Plain dictionaries and strings, as config.yaml holds them."""
+    plain = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def to_yaml(cfg: Config) -> str:
+    """The text of config.yaml, which :func:`from_plain` reads back to an equal configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(cfg)))
+
+
+def from_plain(plain: dict[str, Any], origin: Path) -> DictConfig:
+    """The structured configuration of a saved one, each variant of its own type. Raises ConfigError for a broken file."""
+    base = OmegaConf.structured(Config)
+    saved = OmegaConf.create(plain)
+    for key, options in VARIANTS.items():
+        name = OmegaConf.select(saved, f"{key}.name")
+        if name not in options:
+            raise ConfigError(f"{origin}: {key}.name is '{name}', which this version does not know.")
+        OmegaConf.update(base, key, OmegaConf.structured(options[name]), merge=False)
+    try:
+        merged = OmegaConf.merge(base, saved)
+    except Exception as error:
+        raise ConfigError(f"{origin} is not a configuration of this version: {str(error).splitlines()[0]}.") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def flatten(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists are leaves."""
+    if isinstance(plain, dict) and plain:
+        for key, value in plain.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, plain
+
+
+def check_continuation(saved: dict[str, Any], cfg: Config, origin: Path) -> None:
+    """Raises ConfigError, naming the key, when ``cfg`` would change what the saved run computes."""
+    old, new = dict(flatten(saved)), dict(flatten(to_plain(cfg)))
+    for key in [*new, *(k for k in old if k not in new)]:
+        if old.get(key) != new.get(key) and not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE):
+            raise ConfigError(
+                f"{origin} was started with {key}={old.get(key)}, and this command says {new.get(key)}: restore it, choose "
+                f"another run_name, or fork with resume.from={origin.parent} run_name=NAME."
+            )

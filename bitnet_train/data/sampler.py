@@ -1,0 +1,68 @@
+"""Which window of the corpus is the n-th training sample: a pure function of the seed and n.
+
+Nothing has to be stored or replayed to resume: the state of the sampler is the number of samples consumed.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+# The run is one endless epoch that the trainer's step limit ends, whatever the size of the corpus.
+ENDLESS = 10**12
+
+_MASK = np.uint64(0xFFFFFFFF)
+
+
+def _mix(values: np.ndarray, key: int) -> np.ndarray:
+    """A 64-bit integer hash (the finaliser of SplitMix64, Steele et al. 2014) of ``values`` under ``key``."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def shuffled(index: int, size: int, seed: int, epoch: int) -> int:
+    """Where a random permutation of ``size`` elements, chosen by (seed, epoch), sends ``index``.
+
+    A four-round Feistel network over the smallest even number of bits that holds ``size``, walked until the result is
+    in range (Black and Rogaway, 2002): a bijection in constant memory, so that 10^9 samples need no stored permutation.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    value = np.uint64(index)
+    while True:
+        left, right = value >> np.uint64(half), value & low
+        for round_number in range(4):
+            key = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + round_number * 0x8CB92BA72F3D8DD7) % 2**64
+            left, right = right, left ^ (_mix(right, key) & low)
+        value = (left << np.uint64(half)) | right
+        if value < size:
+            return int(value)
+
+
+def sample_index(n: int, size: int, seed: int) -> int:
+    """The window that is the n-th training sample: every epoch visits all ``size`` windows once, in its own order."""
+    epoch, position = divmod(n, size)
+    return shuffled(position, size, seed, epoch)
+
+
+class ConsumedBatchSampler(Sampler[list[int]]):
+    """Batches of ``batch`` sample numbers, starting after ``consumed`` samples; endless.
+
+    With ``world`` processes, process ``rank`` takes every world-th batch, so that together they consume the samples in
+    the same order as one process would.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, consumed: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.size, self.batch, self.seed, self.consumed, self.rank, self.world = size, batch, seed, consumed, rank, world
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.consumed + self.rank * self.batch
+        while True:
+            yield [sample_index(n, self.size, self.seed) for n in range(first, first + self.batch)]
+            first += self.batch * self.world

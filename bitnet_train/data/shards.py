@@ -1,0 +1,180 @@
+"""Token shards: flat ``.npy`` files of token ids, memory-mapped, and the manifest that fingerprints them.
+
+A shard is one dimension of uint16 (or uint32) ids, documents one after the other, each started by the tokenizer's bos
+id. Windows of any length are slices, so the sequence length can change without preparing again, and reading a window
+touches only its pages. ``benchmarks/shard_storage.py`` compares this with Arrow tables read through ``datasets``.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_train.data.config import Verify
+from bitnet_train.errors import ConfigError
+
+MANIFEST = "manifest.json"
+FULL_VERIFY_LIMIT = 4 << 30
+SAMPLE_BYTES = 1 << 20
+SAMPLES = 16
+
+
+@dataclass
+class ShardInfo:
+    """One shard file: its name, tokens, and digests of all its bytes and of a sample of them."""
+
+    file: str
+    tokens: int
+    bytes: int
+    digest: str
+    sample_digest: str
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards holds and what it was made from."""
+
+    version: int
+    # The configuration, corpus identity and tokenizer digest that the shards were made from.
+    source: dict[str, Any]
+    # "train" and "val" -> shards, tokens, documents and UTF-8 bytes of text.
+    splits: dict[str, dict[str, Any]]
+    # Digest of all of the above: what a run remembers.
+    fingerprint: str = field(default="")
+
+    def compute_fingerprint(self) -> str:
+        """Digest of everything in the manifest but the fingerprint itself."""
+        content = {"version": self.version, "source": self.source, "splits": self.splits}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def shards(self, split: str) -> list[ShardInfo]:
+        """The shard files of a split, in order."""
+        return [ShardInfo(**shard) for shard in self.splits[split]["shards"]]
+
+    def save(self, folder: Path) -> None:
+        """Writes manifest.json."""
+        self.fingerprint = self.compute_fingerprint()
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Reads manifest.json. Raises ConfigError when it is unreadable or was edited."""
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is no readable manifest ({error}): prepare again with command=prepare data.rebuild=true.") from None
+    if manifest.fingerprint != manifest.compute_fingerprint():
+        raise ConfigError(f"{path} was edited: its fingerprint does not match. Prepare again with command=prepare data.rebuild=true.")
+    return manifest
+
+
+class ShardWriter:
+    """Collects the tokens of one split into shards of ``shard_tokens`` tokens."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        self.infos: list[ShardInfo] = []
+        self.documents = self.text_bytes = 0
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+
+    def add(self, ids: Iterable[int], text_bytes: int) -> None:
+        """Append one document."""
+        part = np.fromiter(ids, dtype=self.dtype)
+        self._pending.append(part)
+        self._pending_tokens += len(part)
+        self.documents += 1
+        self.text_bytes += text_bytes
+        while self._pending_tokens >= self.shard_tokens:
+            self._flush(self.shard_tokens)
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; the split's entry for the manifest."""
+        if self._pending_tokens:
+            self._flush(self._pending_tokens)
+        return {
+            "shards": [asdict(info) for info in self.infos],
+            "tokens": sum(info.tokens for info in self.infos),
+            "documents": self.documents,
+            "bytes": self.text_bytes,
+        }
+
+    def _flush(self, tokens: int) -> None:
+        everything = np.concatenate(self._pending)
+        shard, rest = everything[:tokens], everything[tokens:]
+        path = self.folder / f"{self.split}-{len(self.infos):05d}.npy"
+        np.save(path, shard)
+        self.infos.append(
+            ShardInfo(path.name, len(shard), path.stat().st_size, file_digest(path), sample_digest(path))
+        )
+        self._pending, self._pending_tokens = [rest], len(rest)
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of all bytes of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def sample_digest(path: Path) -> str:
+    """BLAKE2b of evenly spaced parts of a file, first and last included: up to 16 MiB whatever its size."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as stream:
+        for i in range(SAMPLES):
+            stream.seek(max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
+    """Compare every shard with the manifest; what was compared, in words.
+
+    Raises ConfigError for a missing, truncated or edited shard.
+    """
+    shards = [shard for split in manifest.splits for shard in manifest.shards(split)]
+    full = how is Verify.full or (how is Verify.auto and sum(s.bytes for s in shards) <= FULL_VERIFY_LIMIT)
+    again = "Prepare again with command=prepare data.rebuild=true."
+    for shard in shards:
+        path = folder / shard.file
+        if not path.is_file():
+            raise ConfigError(f"The token shard {path} is missing. {again}")
+        if path.stat().st_size != shard.bytes:
+            raise ConfigError(f"The token shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}. {again}")
+        actual, wanted = (file_digest(path), shard.digest) if full else (sample_digest(path), shard.sample_digest)
+        if actual != wanted:
+            raise ConfigError(f"The token shard {path} was edited: its digest does not match the manifest. {again}")
+    return "every byte" if full else "sizes and samples"
+
+
+class TokenArray:
+    """The tokens of one split as one long array over memory-mapped shards; picklable for loader processes."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+        self.paths = [folder / shard.file for shard in manifest.shards(split)]
+        self.starts = np.cumsum([0, *(shard.tokens for shard in manifest.shards(split))])
+        self._maps: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": None}
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Ids [start, stop) as int64, across shard borders."""
+        if self._maps is None:
+            self._maps = [np.load(path, mmap_mode="r") for path in self.paths]
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            base, end = int(self.starts[first]), int(self.starts[first + 1])
+            parts.append(self._maps[first][start - base : min(stop, end) - base])
+            start, first = min(stop, end), first + 1
+        return np.concatenate(parts).astype(np.int64)

@@ -1,0 +1,130 @@
+"""Byte-level BPE: trained here, or an existing one, as a ``tokenizers`` object with the special ids that the rest needs."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from bitnet_train.data.config import BpeTokenizer, PretrainedTokenizer, TokenizerConfig
+from bitnet_train.errors import ConfigError
+
+SPECIALS_FILE = "special_tokens.json"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A ``tokenizers.Tokenizer`` with the ids of the tokens that start a document and end a generation."""
+
+    tokenizer: Tokenizer
+    bos_id: int
+    eos_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens; tokenised in parallel by the library's threads."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 (vocab_size,); 0 for special tokens.
+
+        In byte-level BPE every character of a token's string is one byte.
+        """
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        special = set(self.tokenizer.get_added_tokens_decoder())
+        for token, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            lengths[index] = 0 if index in special else len(token)
+        for index, added in self.tokenizer.get_added_tokens_decoder().items():
+            lengths[index] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and the special ids, which :func:`load_tokenizer` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / SPECIALS_FILE).write_text(json.dumps({"bos_id": self.bos_id, "eos_id": self.eos_id}) + "\n")
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """Reads what :meth:`TextTokenizer.save` wrote. Raises ConfigError when it is missing or damaged."""
+    try:
+        specials = json.loads((folder / SPECIALS_FILE).read_text())
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return TextTokenizer(tokenizer, int(specials["bos_id"]), int(specials["eos_id"]))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"{folder} holds no readable tokenizer ({error}).") from None
+
+
+def train_bpe(texts: Iterable[str], cfg: BpeTokenizer) -> TextTokenizer:
+    """Trains a byte-level BPE on ``texts``.
+
+    The pre-tokenizer is GPT-2's regular expression, so that llama.cpp's ``gpt-2`` pre-tokenizer splits text alike. The
+    result depends on the texts and ``cfg`` only.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=cfg.vocab_size,
+        special_tokens=[AddedToken(cfg.end_of_text, special=True, normalized=False)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = tokenizer.token_to_id(cfg.end_of_text)
+    return TextTokenizer(tokenizer, bos_id=end, eos_id=end)
+
+
+def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
+    """An existing tokenizer from a local file, a local folder or the Hugging Face hub.
+
+    Raises ConfigError when it cannot be had, lacks the special tokens, or has more ids than ``vocab_size``.
+    """
+    path = Path(cfg.source).expanduser()
+    try:
+        if path.is_dir():
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        elif path.is_file():
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            tokenizer = Tokenizer.from_pretrained(cfg.source, revision=cfg.revision)
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"data.tokenizer.source={cfg.source} is neither a tokenizer.json, a folder with one, nor a hub repository that "
+            f"can be reached ({reason})."
+        ) from None
+    ids = {}
+    for key in ("bos", "eos"):
+        token = getattr(cfg, key)
+        ids[key] = tokenizer.token_to_id(token)
+        if ids[key] is None:
+            raise ConfigError(f"data.tokenizer.{key}={token} is not in the vocabulary of {cfg.source}.")
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > cfg.vocab_size:
+        raise ConfigError(f"{cfg.source} has {size} ids but data.tokenizer.vocab_size={cfg.vocab_size}: raise it to {size} or more.")
+    return TextTokenizer(tokenizer, ids["bos"], ids["eos"])
+
+
+def build_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> TextTokenizer:
+    """The tokenizer of a configuration, trained on ``texts`` if it is of the trained kind."""
+    if isinstance(cfg, BpeTokenizer):
+        return train_bpe(texts, cfg)
+    if isinstance(cfg, PretrainedTokenizer):
+        return load_pretrained(cfg)
+    raise ConfigError(f"data.tokenizer={cfg.name} is unknown to bitnet_train.data.tokenizer.build_tokenizer")

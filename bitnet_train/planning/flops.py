@@ -1,0 +1,37 @@
+"""Floating-point (and integer) operations per token, and what devices can do at most."""
+
+from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.layout import Role, parameter_table
+
+# Dense bf16 peak in FLOP/s, by a part of the device's name, from the vendors' data sheets.
+DEVICE_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def forward_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:
+    """Operations of one forward pass per token: 2 per weight of every matmul, head included, plus causal attention.
+
+    Attention's two products cost ``2 * 2 * hidden`` per token and visible position, on average half the sequence.
+    """
+    linear = sum(p.size for p in parameter_table(cfg) if p.role is Role.linear)
+    head = cfg.vocab * cfg.hidden
+    attention = 4 * cfg.layers * cfg.hidden * sequence_length / 2
+    return 2.0 * (linear + head) + attention
+
+
+def training_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:
+    """Forward and backward: three times the forward (Kaplan et al. 2020, section 2.1)."""
+    return 3.0 * forward_flops_per_token(cfg, sequence_length)
+
+
+def device_peak(name: str) -> float | None:
+    """Dense bf16 peak of the device called ``name``, or None when it is not in the table."""
+    return next((peak for part, peak in DEVICE_PEAKS.items() if part.lower() in name.lower()), None)

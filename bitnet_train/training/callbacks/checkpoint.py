@@ -1,0 +1,86 @@
+"""Checkpoints by steps and by time, written so that a crash at any moment leaves the last good one whole."""
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.run_folder import LAST
+
+
+class Checkpoints(StepCallback):
+    """Saves ``step-XXXXXXXX.ckpt`` and points ``last.ckpt`` to it; keeps the newest ``checkpoint.keep``.
+
+    A file is written under another name, synced and renamed. Metrics of the steps before are on disk by then. A state
+    whose loss or gradient norm is not finite is not saved.
+    """
+
+    def __init__(self, clock: TrainingClock, folder: Path) -> None:
+        self.clock, self.folder = clock, folder
+        self.saved_step = -1
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob("*.partial"):
+            partial.unlink()
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+        cfg = module.cfg.checkpoint
+        overdue = cfg.every_minutes is not None and time.monotonic() - self._saved_at >= cfg.every_minutes * 60
+        if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or step == module.cfg.trainer.max_steps:
+            self.save(trainer, module, step)
+
+    def save(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> bool:
+        """Save the state after ``step`` unless that is done already; False when the state is not worth keeping."""
+        if step == self.saved_step:
+            return True
+        if not _finite(module):
+            return False
+        with self.clock.paused():
+            for logger in trainer.loggers:
+                logger.save()
+            path = self.folder / f"step-{step:08d}.ckpt"
+            partial = path.with_suffix(".partial")
+            trainer.save_checkpoint(partial)
+            _sync(partial)
+            partial.replace(path)
+            point_last_to(path)
+            self._prune(module.cfg.checkpoint.keep)
+        self.saved_step, self._saved_at = step, time.monotonic()
+        return True
+
+    def _prune(self, keep: int) -> None:
+        for old in sorted(self.folder.glob("step-*.ckpt"))[:-keep]:
+            old.unlink()
+
+
+def point_last_to(path: Path) -> None:
+    """Make last.ckpt beside ``path`` the same file, in one atomic rename; a copy where hard links do not work."""
+    last, partial = path.with_name(LAST), path.with_name("last.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+        _sync(partial)
+    partial.replace(last)
+
+
+def _finite(module: PretrainingModule) -> bool:
+    figures = [module.step_loss, module.clip_result.norm if module.clip_result else None]
+    return all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as stream, contextlib.suppress(OSError):
+        os.fsync(stream.fileno())

@@ -1,0 +1,73 @@
+"""Training metrics: a row every ``trainer.log_every`` steps, to every logger."""
+
+import math
+from typing import Any
+
+import lightning as L
+
+from bitnet_train.errors import DivergedError
+from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.module import PretrainingModule
+
+
+class TrainingMetrics(StepCallback):
+    """Writes loss, rates, gradient norm, throughput and code statistics of the step at hand.
+
+    Args:
+        clock: counts training time.
+        flops_per_token: of a forward and backward; with ``peak_flops`` (of the device, or None) gives the share of it.
+
+    Raises DivergedError (exit code 3) when the loss or the gradient norm of a logged step is not finite.
+    """
+
+    def __init__(self, clock: TrainingClock, flops_per_token: float, peak_flops: float | None) -> None:
+        self.clock, self.flops_per_token, self.peak_flops = clock, flops_per_token, peak_flops
+        self.row: dict[str, float] = {}
+        self._last_seconds, self._last_step = 0.0, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_seconds, self._last_step = self.clock.seconds(), trainer.global_step
+
+    def _due(self, module: PretrainingModule, step: int) -> bool:
+        return step == 1 or due(step, module.cfg.trainer.log_every, module.cfg.trainer.max_steps)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if self._due(pl_module, trainer.global_step + 1):
+            pl_module.code_cache.measure_next()
+
+    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+        if not self._due(module, step):
+            return
+        assert module.step_loss is not None
+        assert module.clip_result is not None
+        group = next(g for g in trainer.optimizers[0].param_groups if g["decays"])
+        loss, norm = float(module.step_loss), float(module.clip_result.norm)
+        now = self.clock.seconds()
+        tokens = module.cfg.trainer.batch_tokens
+        rate = (step - self._last_step) * tokens / max(now - self._last_seconds, 1e-9)
+        self._last_seconds, self._last_step = now, step
+        self.row = {
+            "tokens": step * tokens,
+            "train/loss": loss,
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "grad_norm": norm,
+            "clip_threshold": float(module.clip_result.threshold),
+            "tokens_per_second": round(rate, 1),
+            "elapsed_seconds": round(now, 2),
+        }
+        if self.peak_flops:
+            self.row["model_flops_share"] = rate * self.flops_per_token / self.peak_flops
+        statistics = module.code_cache.statistics if module.code_cache else None
+        if statistics is not None:
+            self.row |= {"codes/zeros": statistics.zero_share(), "codes/flips": statistics.flip_rate()}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.row, step)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            for logger in trainer.loggers:
+                logger.save()
+            raise DivergedError(
+                f"Stopped at step {step}: the loss is {loss:g} and the gradient norm {norm:g}. The last checkpoint is intact; "
+                "lower optimizer.lr, lengthen schedule.warmup or clip harder, and start a new run."
+            )

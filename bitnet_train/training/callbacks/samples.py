@@ -1,0 +1,48 @@
+"""Texts on the way, in samples.md."""
+
+from pathlib import Path
+
+import lightning as L
+
+from bitnet_train.data.tokenizer import TextTokenizer
+from bitnet_train.evaluation.generate import generate_text
+from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.module import PretrainingModule
+
+HEADING = "## Step "
+
+
+class Samples(StepCallback):
+    """Appends a section per sampled step, one text per prompt."""
+
+    def __init__(self, clock: TrainingClock, tokenizer: TextTokenizer, path: Path) -> None:
+        self.clock, self.tokenizer, self.path = clock, tokenizer, path
+
+    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+        cfg = module.cfg.samples
+        if cfg.prompts and due(step, cfg.every_steps, module.cfg.trainer.max_steps):
+            with self.clock.paused():
+                self._write(module, step)
+
+    def _write(self, module: PretrainingModule, step: int) -> None:
+        cfg = module.cfg.samples
+        module.decoder.eval()
+        parts = [f"{HEADING}{step}\n"]
+        for number, prompt in enumerate(cfg.prompts):
+            pieces = generate_text(
+                module.decoder, self.tokenizer, prompt, cfg.max_new_tokens, temperature=cfg.temperature, seed=number
+            )
+            # Four backticks, because sampled text may hold three.
+            parts.append(f"````text\n{prompt}{''.join(pieces)}\n````\n")
+        module.decoder.train()
+        with self.path.open("a") as stream:
+            stream.write("\n".join(parts) + "\n")
+
+
+def cut_samples(path: Path, after_step: int) -> None:
+    """Drop the sections of steps past ``after_step``, which a continued run writes again."""
+    if not path.exists():
+        return
+    sections = path.read_text().split(HEADING)
+    kept = [s for s in sections[1:] if (number := s.partition("\n")[0]).isdigit() and int(number) <= after_step]
+    path.write_text("".join(HEADING + section for section in kept))

@@ -1,0 +1,68 @@
+"""Rules that the training settings must keep, checked at composition: no torch here, so a mistake is answered at once."""
+
+from bitnet_train.errors import ConfigError
+from bitnet_train.training.config import (
+    PRECISIONS,
+    AdamWConfig,
+    ClipConfig,
+    NormClip,
+    OptimizerConfig,
+    PercentileClip,
+    RunConfig,
+    batch_plan,
+)
+from bitnet_train.training.schedules import check_schedule
+
+
+def check_training(cfg: RunConfig) -> None:
+    """Raises ConfigError for training settings that are out of range or do not fit together."""
+    check_trainer(cfg)
+    check_optimizer(cfg.optimizer)
+    check_clip(cfg.clip)
+    check_schedule(cfg.schedule, cfg.trainer.max_steps)
+    check_schedule(cfg.weight_decay_schedule, cfg.trainer.max_steps, "weight_decay_schedule")
+
+
+def check_trainer(cfg: RunConfig) -> None:
+    """Raises ConfigError when the trainer, checkpoint or sample settings are out of range."""
+    trainer = cfg.trainer
+    for name in ("max_steps", "batch_tokens", "validate_every", "log_every"):
+        if getattr(trainer, name) < 1:
+            raise ConfigError(f"trainer.{name} is {getattr(trainer, name)}; it must be at least 1.")
+    if trainer.precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={trainer.precision} is unknown: use one of {', '.join(PRECISIONS)}.")
+    if trainer.compile not in (True, False, "auto"):
+        raise ConfigError(f"trainer.compile={trainer.compile} is unknown: use true, false or auto.")
+    for value, name in (
+        (cfg.checkpoint.every_steps, "checkpoint.every_steps"),
+        (cfg.checkpoint.every_minutes, "checkpoint.every_minutes"),
+        (cfg.samples.every_steps, "samples.every_steps"),
+    ):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} is {value}; it must be positive, or null for never.")
+    if cfg.checkpoint.keep < 1:
+        raise ConfigError(f"checkpoint.keep is {cfg.checkpoint.keep}; at least 1 checkpoint must stay.")
+    if cfg.samples.max_new_tokens < 1 or cfg.samples.temperature < 0:
+        raise ConfigError("samples.max_new_tokens must be at least 1 and samples.temperature at least 0.")
+    batch_plan(trainer, cfg.data.sequence_length)
+
+
+def check_optimizer(cfg: OptimizerConfig) -> None:
+    """Raises ConfigError for values that no optimizer takes."""
+    if cfg.lr <= 0:
+        raise ConfigError(f"optimizer.lr must be positive, it is {cfg.lr:g}.")
+    if cfg.weight_decay < 0:
+        raise ConfigError(f"optimizer.weight_decay cannot be negative, it is {cfg.weight_decay:g}.")
+    if isinstance(cfg, AdamWConfig) and (len(cfg.betas) != 2 or not all(0 <= b < 1 for b in cfg.betas) or cfg.eps <= 0):
+        raise ConfigError(f"optimizer.betas must be two numbers in [0, 1) and eps positive, they are {cfg.betas} and {cfg.eps:g}.")
+
+
+def check_clip(cfg: ClipConfig) -> None:
+    """Raises ConfigError for thresholds that cannot be."""
+    if isinstance(cfg, NormClip) and cfg.max_norm <= 0:
+        raise ConfigError(f"clip.max_norm must be positive, it is {cfg.max_norm:g}; use clip=none for no clipping.")
+    if isinstance(cfg, PercentileClip):
+        if not 0 < cfg.percentile <= 100:
+            raise ConfigError(f"clip.percentile must be above 0 and at most 100, it is {cfg.percentile:g}.")
+        if cfg.initial <= 0 or not 1 <= cfg.min_history <= cfg.window:
+            raise ConfigError("clip.initial must be positive and clip.min_history between 1 and clip.window.")

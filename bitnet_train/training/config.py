@@ -1,0 +1,332 @@
+"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``loss``, ``trainer``,
+``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Union
+
+from omegaconf import MISSING
+
+from bitnet_train.data.config import DataConfig
+from bitnet_train.errors import ConfigError
+from bitnet_train.kernels.config import KernelConfig
+from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
+from bitnet_train.quant.config import QuantConfig
+
+# ---------------------------------------------------------------- optimizer
+
+
+@dataclass
+class OptimizerConfig:
+    """Base of the optimizers; every subclass is an option of the ``optimizer`` group."""
+
+    name: str = MISSING
+    # Peak learning rate; the schedule is a factor of it.
+    lr: float = 1e-3
+    # Peak decoupled weight decay of matrices and embeddings (not of norms and biases); schedules are factors of it.
+    weight_decay: float = 0.1
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
+    name: str = "adamw"
+    # Decay rates of the first and second moment.
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # Added to the root of the second moment.
+    eps: float = 1e-8
+
+
+OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig}
+
+# ---------------------------------------------------------------- schedules
+
+
+class Shape(Enum):
+    """The way of a factor over a stage: stays, falls on a line, or falls on half a cosine."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class ScheduleConfig:
+    """Base of the learning-rate schedules; every subclass is an option of the ``schedule`` group."""
+
+    name: str = MISSING
+    # Steps of linear warm-up from zero: a number of steps, or below 1 a share of trainer.max_steps.
+    warmup: float = 0.0
+
+
+@dataclass
+class ConstantSchedule(ScheduleConfig):
+    name: str = "constant"
+
+
+@dataclass
+class LinearSchedule(ScheduleConfig):
+    name: str = "linear"
+    # Factor of optimizer.lr at the end.
+    final: float = 0.0
+
+
+@dataclass
+class CosineSchedule(ScheduleConfig):
+    name: str = "cosine"
+    # Factor of optimizer.lr at the end.
+    final: float = 0.1
+
+
+@dataclass
+class WsdSchedule(ScheduleConfig):
+    """Warm-up, stable, decay (arXiv 2404.06395)."""
+
+    name: str = "wsd"
+    # Length of the decay at the end: a number of steps, or below 1 a share of trainer.max_steps.
+    decay: float = 0.2
+    # The decay's way down.
+    shape: Shape = Shape.linear
+    # Factor of optimizer.lr at the end.
+    final: float = 0.0
+
+
+@dataclass
+class StageConfig:
+    """A span of the run with its own learning-rate peak, decay and weight decay."""
+
+    # Share of trainer.max_steps that the stage takes; the stages' shares add up to 1.
+    share: float = MISSING
+    # Factor of optimizer.lr at the start of the stage.
+    lr: float = 1.0
+    # Way of the learning rate through the stage.
+    shape: Shape = Shape.linear
+    # Factor of optimizer.lr that the stage ends with; only where the shape is not constant.
+    final: float | None = None
+    # Factor of optimizer.weight_decay at the start of the stage.
+    weight_decay: float = 1.0
+    # Way of the weight decay through the stage.
+    weight_decay_shape: Shape = Shape.constant
+    # Factor of optimizer.weight_decay that the stage ends with; only where weight_decay_shape is not constant.
+    weight_decay_final: float | None = None
+
+
+@dataclass
+class TwoStageSchedule(ScheduleConfig):
+    """Two (or more) stages, as in BitNet b1.58 2B4T (arXiv 2504.12285, section 2.2)."""
+
+    name: str = "two_stage"
+    stages: list[StageConfig] = field(default_factory=list)
+
+
+SCHEDULE_CONFIGS: dict[str, type[ScheduleConfig]] = {
+    "constant": ConstantSchedule,
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "wsd": WsdSchedule,
+    "two_stage": TwoStageSchedule,
+}
+
+# ---------------------------------------------------------------- clipping
+
+
+@dataclass
+class ClipConfig:
+    """Base of the gradient-clipping rules; every subclass is an option of the ``clip`` group."""
+
+    name: str = MISSING
+
+
+@dataclass
+class NoClip(ClipConfig):
+    name: str = "none"
+
+
+@dataclass
+class NormClip(ClipConfig):
+    name: str = "norm"
+    # Largest L2 norm of the whole gradient.
+    max_norm: float = 1.0
+
+
+@dataclass
+class PercentileClip(ClipConfig):
+    """AutoClip (Seetharaman et al. 2020): the threshold is a percentile of the norms seen so far."""
+
+    name: str = "percentile"
+    # Percentile of the past norms, 0 to 100.
+    percentile: float = 90.0
+    # How many past norms are remembered.
+    window: int = 256
+    # Threshold of the first steps, until min_history norms are known.
+    initial: float = 1.0
+    # Norms that must be known before the percentile is used.
+    min_history: int = 16
+
+
+CLIP_CONFIGS: dict[str, type[ClipConfig]] = {"none": NoClip, "norm": NormClip, "percentile": PercentileClip}
+
+# ---------------------------------------------------------------- loss
+
+
+@dataclass
+class LossConfig:
+    """Base of the losses; every subclass is an option of the ``loss`` group."""
+
+    name: str = MISSING
+
+
+@dataclass
+class CrossEntropyLoss(LossConfig):
+    name: str = "cross_entropy"
+
+
+LOSS_CONFIGS: dict[str, type[LossConfig]] = {"cross_entropy": CrossEntropyLoss}
+
+# ---------------------------------------------------------------- trainer
+
+
+class Accelerator(Enum):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+# Lightning's names for the arithmetic of everything that is not the integer product.
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+@dataclass
+class TrainerConfig:
+    # Optimizer steps of the whole run.
+    max_steps: int = 500
+    # Tokens per optimizer step, over all micro-batches.
+    batch_tokens: int = 4096
+    # Sequences per forward and backward; null takes the whole batch at once. Smaller means gradient accumulation.
+    micro_batch: int | None = None
+    # 32-true, bf16-mixed, or auto: bf16-mixed where the device multiplies bf16 natively.
+    precision: str = "auto"
+    # torch.compile of the model: true, false, or auto: on a GPU, and on a CPU for runs long enough to pay for it.
+    compile: Union[bool, str] = "auto"  # noqa: UP007
+    # auto, cpu or cuda.
+    accelerator: Accelerator = Accelerator.auto
+    # Validate every so many steps, and at the end.
+    validate_every: int = 100
+    # Write a row of metrics every so many steps.
+    log_every: int = 10
+
+
+@dataclass
+class CheckpointConfig:
+    # Save every so many steps; null for never.
+    every_steps: int | None = 250
+    # Save also when this many minutes have passed since the last save; null for never.
+    every_minutes: float | None = 15.0
+    # How many step-*.ckpt files stay.
+    keep: int = 2
+
+
+@dataclass
+class SamplesConfig:
+    # Write texts to samples.md every so many steps; null for never.
+    every_steps: int | None = 250
+    # What the texts begin with.
+    prompts: list[str] = field(default_factory=lambda: ["def ", "class ", '"""'])
+    # Tokens per text.
+    max_new_tokens: int = 96
+    # Softmax temperature; 0 takes the most likely token.
+    temperature: float = 0.8
+
+
+@dataclass
+class LoggerConfig:
+    """Base of the loggers beside metrics.csv; every subclass is an option of the ``logger`` group."""
+
+    name: str = MISSING
+
+
+@dataclass
+class CsvLogger(LoggerConfig):
+    """metrics.csv alone."""
+
+    name: str = "csv"
+
+
+@dataclass
+class WandbLogger(LoggerConfig):
+    """metrics.csv and Weights & Biases; offline when no key is configured."""
+
+    name: str = "wandb"
+    project: str = "bitnet_train"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    # Keep the run on this machine even if a key is configured.
+    offline: bool = False
+
+
+LOGGER_CONFIGS: dict[str, type[LoggerConfig]] = {"csv": CsvLogger, "wandb": WandbLogger}
+
+# ---------------------------------------------------------------- all of a run
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides what a training run computes and keeps; the top-level configuration adds the command."""
+
+    # Chooses initial weights and the order of the samples.
+    seed: int = 1
+    # The decoder's shape.
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    # What is quantised and how.
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    # Which implementation computes the quantised layers.
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    # How the weights start.
+    init: InitConfig = field(default_factory=NormalInit)
+    # Text, tokenizer and batches.
+    data: DataConfig = field(default_factory=DataConfig)
+    # The update rule and its peak rates.
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    # The learning rate over the run, as factors of optimizer.lr.
+    schedule: ScheduleConfig = field(default_factory=LinearSchedule)
+    # The weight decay over the run, as factors of optimizer.weight_decay; multiplies what a two_stage schedule says.
+    weight_decay_schedule: ScheduleConfig = field(default_factory=ConstantSchedule)
+    # Gradient clipping.
+    clip: ClipConfig = field(default_factory=NormClip)
+    # What is minimised.
+    loss: LossConfig = field(default_factory=CrossEntropyLoss)
+    # Steps, batches, precision and hardware.
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    # When to save.
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # Texts written on the way.
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    # Where metrics go beside metrics.csv.
+    logger: LoggerConfig = field(default_factory=CsvLogger)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the tokens of a step are cut: sequences per step, sequences per forward, forwards per step."""
+
+    batch_sequences: int
+    micro_batch: int
+    accumulation: int
+
+
+def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
+    """Raises ConfigError when trainer.batch_tokens, data.sequence_length and trainer.micro_batch do not divide."""
+    sequences, rest = divmod(trainer.batch_tokens, sequence_length)
+    if rest or sequences < 1:
+        raise ConfigError(
+            f"trainer.batch_tokens={trainer.batch_tokens} is no multiple of data.sequence_length={sequence_length}: "
+            f"use {max(1, round(trainer.batch_tokens / sequence_length)) * sequence_length}."
+        )
+    micro = trainer.micro_batch or sequences
+    if micro < 1 or sequences % micro:
+        raise ConfigError(
+            f"trainer.micro_batch={micro} does not divide the {sequences} sequences of a step "
+            "(trainer.batch_tokens / data.sequence_length)."
+        )
+    return BatchPlan(sequences, micro, sequences // micro)

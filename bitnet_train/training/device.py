@@ -1,0 +1,66 @@
+"""What the automatic settings come to on this machine."""
+
+import shutil
+from dataclasses import asdict, dataclass
+
+import torch
+
+from bitnet_train.errors import ConfigError
+from bitnet_train.training.config import Accelerator, RunConfig
+
+# A cold compile takes about half a minute on a CPU; shorter runs are done sooner without.
+STEPS_WORTH_COMPILING = 200
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Resolved settings, each with the reason in a word, for the start-up lines and provenance.json."""
+
+    device: str
+    precision: str
+    compile: bool
+    why_precision: str
+    why_compile: str
+
+    def as_dict(self) -> dict[str, object]:
+        """For provenance.json."""
+        return asdict(self)
+
+
+def choose(cfg: RunConfig) -> Choices:
+    """Resolve accelerator, precision and compile. Raises ConfigError when a wanted device is not there."""
+    device = _device(cfg.trainer.accelerator)
+    precision, why_precision = cfg.trainer.precision, "chosen in the config"
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()
+        precision = "bf16-mixed" if native else "32-true"
+        why_precision = f"this {device.upper()} {'multiplies' if native else 'does not multiply'} bf16 natively"
+    wanted = cfg.trainer.compile
+    if wanted == "auto":
+        compiled, why_compile = _worth_compiling(device, cfg.trainer.max_steps)
+    else:
+        compiled, why_compile = bool(wanted), "chosen in the config"
+    return Choices(device, precision, compiled, why_precision, why_compile)
+
+
+def _device(wanted: Accelerator) -> str:
+    if wanted is Accelerator.cuda and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=cuda, but PyTorch sees no CUDA device: use auto or cpu.")
+    if wanted is Accelerator.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted.value
+
+
+def _cpu_multiplies_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16"))
+
+
+def _worth_compiling(device: str, steps: int) -> tuple[bool, str]:
+    if device == "cuda":
+        return True, "the default on a GPU"
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return False, "there is no C++ compiler"
+    if steps < STEPS_WORTH_COMPILING:
+        return False, f"fewer than {STEPS_WORTH_COMPILING} steps do not repay it on a CPU"
+    return True, f"{steps} steps repay it"

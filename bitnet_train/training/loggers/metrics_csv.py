@@ -1,0 +1,88 @@
+"""metrics.csv: one row per logged step, complete before the checkpoint that it belongs to."""
+
+import csv
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+
+COLUMNS = (
+    "step", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "lr", "weight_decay", "grad_norm",
+    "clip_threshold", "tokens_per_second", "model_flops_share", "codes/zeros", "codes/flips", "elapsed_seconds",
+)  # fmt: skip
+
+
+class MetricsCsv(Logger):
+    """Appends rows to a CSV file; values of the same step share a row.
+
+    The row at hand is written when the next step's begins, and by :meth:`flush`, which callbacks call before a
+    checkpoint is saved. :meth:`cut` drops rows of steps that a continued run will do again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._row: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder's config.yaml holds them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if step is None:
+            raise ValueError("metrics.csv needs the step of each row")
+        unknown = set(metrics) - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"metrics.csv has no column {sorted(unknown)[0]}")
+        if self._row and self._row["step"] != step:
+            self.flush()
+        self._row |= {"step": step, **metrics}
+
+    def flush(self) -> None:
+        """Write the row at hand."""
+        if not self._row:
+            return
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        with self.path.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({key: _text(value) for key, value in self._row.items()})
+        self._row = {}
+
+    def save(self) -> None:
+        self.flush()
+
+    def finalize(self, status: str) -> None:
+        self.flush()
+
+    def cut(self, after_step: int) -> None:
+        """Drop all rows of steps past ``after_step``, and a last row that a crash cut short."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as stream:
+            rows = [r for r in csv.DictReader(stream) if None not in r.values() and int(r["step"]) <= after_step]
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)
+
+
+def _text(value: Any) -> Any:
+    # repr of a float is the shortest text that reads back to the same number, so rows compare bit for bit.
+    return repr(value) if isinstance(value, float) else value

@@ -1,0 +1,68 @@
+"""The Lightning module: the decoder, its loss, its optimizer, and what happens once per optimizer step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from bitnet_train.data.windows import document_numbers
+from bitnet_train.nn.code_cache import CodeCache
+from bitnet_train.nn.decoder import Decoder
+from bitnet_train.training.clipping import ClipResult, build_clip
+from bitnet_train.training.config import RunConfig
+from bitnet_train.training.losses import build_loss
+from bitnet_train.training.optimizers import build_optimizer, set_rates
+from bitnet_train.training.schedules import learning_rate, weight_decay
+
+
+class PretrainingModule(L.LightningModule):
+    """Next-token training of a decoder.
+
+    Learning rate and weight decay are set from the step before each update; the codes are refreshed by the optimizer's
+    step hook. ``step_loss`` and ``clip_result`` hold the last step's figures as tensors, for the callbacks.
+    """
+
+    def __init__(self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.decoder = decoder
+        self.clip_rule = build_clip(cfg.clip)
+        self.bos_id = bos_id if cfg.data.attend_within_documents else None
+        self.loss = build_loss(cfg.loss)
+        self.step_loss: Tensor | None = None
+        self.clip_result: ClipResult | None = None
+        self.code_cache: CodeCache | None = None
+        self._losses: list[Tensor] = []
+        self._compute: Callable[[Tensor], Tensor] = torch.compile(self._batch_loss) if compiled else self._batch_loss
+
+    def _batch_loss(self, ids: Tensor) -> Tensor:
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        documents = None if self.bos_id is None else document_numbers(inputs, self.bos_id)
+        return self.loss(self.decoder(inputs, documents), targets)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self._compute(batch)
+        self._losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.cfg.optimizer, self.decoder)
+
+    def on_fit_start(self) -> None:
+        # Here the weights are on their device and the optimizer exists.
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self.code_cache = CodeCache(self.decoder, optimizer)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""
+        cfg, step = self.cfg, self.global_step
+        total = cfg.trainer.max_steps
+        lr = learning_rate(cfg.schedule, cfg.optimizer.lr, step, total)
+        decay = weight_decay(cfg.schedule, cfg.weight_decay_schedule, cfg.optimizer.weight_decay, step, total)
+        set_rates(getattr(optimizer, "optimizer", optimizer), lr, decay)
+        self.clip_result = self.clip_rule.clip(self.decoder.parameters())
+        self.step_loss = torch.stack(self._losses).mean()
+        self._losses = []

@@ -1,0 +1,166 @@
+"""A training run from configuration to finished folder: build, continue or start, fit."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from rich.console import Console
+
+from bitnet_train.data.shards import Manifest, verify_shards
+from bitnet_train.data.tokenizer import load_tokenizer
+from bitnet_train.errors import ConfigError
+from bitnet_train.evaluation.bits_per_byte import TextLoss
+from bitnet_train.kernels.backend import choose_backend
+from bitnet_train.nn.audit import audit
+from bitnet_train.nn.init import build_decoder
+from bitnet_train.planning.flops import device_peak, training_flops_per_token
+from bitnet_train.quant.spec import build_spec
+from bitnet_train.training.callbacks.checkpoint import Checkpoints
+from bitnet_train.training.callbacks.metrics import TrainingMetrics
+from bitnet_train.training.callbacks.progress import TrainingProgress
+from bitnet_train.training.callbacks.samples import Samples, cut_samples
+from bitnet_train.training.callbacks.step import TrainingClock
+from bitnet_train.training.callbacks.stop import StopOnSignal
+from bitnet_train.training.callbacks.validation import Validation
+from bitnet_train.training.config import RunConfig, WandbLogger, batch_plan
+from bitnet_train.training.datamodule import ShardDataModule
+from bitnet_train.training.device import choose
+from bitnet_train.training.loggers.metrics_csv import MetricsCsv
+from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.provenance import collect_provenance
+from bitnet_train.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """How a run ended: the steps done, the last validation, and 0 or the exit code of the signal that stopped it."""
+
+    step: int
+    validation: TextLoss | None
+    exit_code: int
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step of a checkpoint. Raises ConfigError when it cannot be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:
+        raise ConfigError(f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one.") from None
+
+
+def train(
+    cfg: RunConfig, folder: RunFolder, run_name: str, shards: Path, manifest: Manifest, start: Path | None, console: Console
+) -> TrainingOutcome:
+    """Train ``cfg`` in ``folder`` on prepared ``shards``, from checkpoint ``start`` or from new weights.
+
+    Steps already done are not done again: metrics and samples past the checkpoint are cut, and the run goes on
+    bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
+    loss stops being a number.
+    """
+    console.print(f"data: {manifest.splits['train']['tokens']:,} training tokens in {shards}; checked {verify_shards(shards, manifest, cfg.data.verify)}")
+    first = checkpoint_step(start) if start is not None else 0
+    if first >= cfg.trainer.max_steps:
+        console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
+        return TrainingOutcome(first, None, 0)
+
+    choices = choose(cfg)
+    backend = choose_backend(choices.device, cfg.kernels.backend)
+    decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, backend.backend)
+    report = audit(decoder)
+    console.print(f"model: {report.sentence()}")
+    console.print(
+        f"device: {choices.device}, {torch.get_num_threads()} threads; precision {choices.precision} ({choices.why_precision}); "
+        f"compile {'on' if choices.compile else 'off'} ({choices.why_compile}); kernels: {backend.backend.name} ({backend.reason})"
+    )
+
+    tokenizer = load_tokenizer(shards)
+    plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
+    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
+    module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
+    metrics_csv = MetricsCsv(folder.metrics_file)
+    metrics_csv.cut(first)
+    cut_samples(folder.samples_file, first)
+    loggers: list[Logger] = [metrics_csv]
+    if isinstance(cfg.logger, WandbLogger):
+        from bitnet_train.training.loggers.wandb import build_wandb
+
+        wandb_logger, where = build_wandb(cfg.logger, run_name, folder.path, _plain(cfg))
+        loggers.append(wandb_logger)
+        console.print(where)
+    folder.add_provenance(
+        collect_provenance({**choices.as_dict(), "kernels": backend.backend.name, "data_fingerprint": manifest.fingerprint, "from_step": first})
+    )
+
+    clock = TrainingClock()
+    peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
+    metrics = TrainingMetrics(clock, training_flops_per_token(cfg.model, cfg.data.sequence_length), peak)
+    validation = Validation(clock, data, tokenizer.byte_lengths())
+    checkpoints = Checkpoints(clock, folder.checkpoints)
+    stop = StopOnSignal(checkpoints)
+    epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
+    console.print(
+        f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
+        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), {epochs:.2f} epochs in all"
+    )
+    with _quiet_lightning():
+        trainer = L.Trainer(
+            accelerator=choices.device,
+            devices=1,
+            precision=choices.precision,  # type: ignore[arg-type]
+            max_steps=cfg.trainer.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=plan.accumulation,
+            use_distributed_sampler=False,
+            logger=loggers,
+            callbacks=[
+                metrics,
+                validation,
+                Samples(clock, tokenizer, folder.samples_file),
+                TrainingProgress(console, metrics, validation),
+                checkpoints,
+                stop,
+            ],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder.path,
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
+
+
+def _plain(cfg: RunConfig) -> dict[str, Any]:
+    return {k: v for k, v in asdict(cfg).items() if k != "logger"}
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's banners and its warnings about things that are so on purpose stay out of the run's output."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*resuming from a checkpoint that ended before the epoch ended.*",
+            ".*no `val_dataloader`.*",
+            ".*You defined a `validation_step`.*",
+            ".*isinstance.treespec, LeafSpec.*",
+            ".*GPU available but not used.*",
+            ".*The `srun` command is available.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
