@@ -1,177 +1,262 @@
 """``python -m bitnet_train``: compose the configuration, run one command, answer with an exit code."""
 
-import argparse
 import os
 import re
 import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitnet_train.config import ON_A_RUN, VARIANTS, Command, Config, flatten, from_plain, to_config, to_plain
-from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
-from bitnet_train.recipes import config_folder, register
+from bitnet_train.config import ON_A_RUN, VARIANTS, Command, check_keys, from_plain, may_change, to_config
+from bitnet_train.data.corpus import open_corpus
+from bitnet_train.errors import BitnetTrainError, ConfigError
+from bitnet_train.explain import check_overrides, explain
+from bitnet_train.help import help_text
+from bitnet_train.recipes import Catalogue, config_folder, register, settle, yaml_reason
 
-# Overrides that do not name a sweep's job.
-NAMELESS = ("recipe", "command", "run_name", "paths.runs", "paths.data", "logger")
+# Overrides that never name a sweep's job.
+NAMELESS = ("recipe", "run_name", "run", "command", "paths.runs", "paths.data")
+# Commands that read the corpus.
+NEED_TEXT = (Command.train, Command.prepare)
+# Longest name of one folder; file systems allow 255 bytes.
+LONGEST_NAME = 120
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console entry: runs and exits."""
+    sys.exit(answer(sys.argv[1:]))
+
+
+def answer(arguments: list[str]) -> int:
+    """Do what the command line says; the exit code, the worst one of a sweep."""
     # Without this Hydra prints errors itself and exits with 1; here every error gets one sentence and code 2.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if len(sys.argv) == 1:
-        sys.argv.append("--help")
-    codes: list[int] = []
+    catalogue = Catalogue()
     try:
-        recipes = register(_user_folder())
-        _run_hydra(recipes, codes)
+        flags = _flags(arguments)
+        catalogue = register(Path(flags.config_dir) if flags.config_dir is not None else None)
+        if not arguments or flags.help:
+            print(help_text(catalogue), end="")
+            return 0
+        check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
+        others = [argument for argument in arguments if argument not in flags.overrides]
+        if not flags.multirun:
+            job = compose_job(others, flags.overrides, catalogue)
+            return 0 if job is None else run_job(job, catalogue)
+        others = [argument for argument in others if argument not in ("-m", "--multirun")]
+        return _sweep(others, flags.overrides, catalogue)
     except BitnetTrainError as error:
         _say(str(error))
-        codes.append(error.exit_code)
-    except (HydraException, OmegaConfBaseException) as error:
-        _say(explain(error))
-        codes.append(2)
+        return error.exit_code
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
+        _say(explain(error, catalogue, arguments))
+        return 2
     except KeyboardInterrupt:
         _say("Interrupted; nothing was changed since the last save.")
-        codes.append(130)
-    sys.exit(max(codes, default=0))
+        return 130
 
 
 def _say(sentence: str) -> None:
     print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
 
 
-def _user_folder() -> Path | None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd")
-    folder = parser.parse_known_args()[0].config_dir
-    if folder is None:
-        return None
-    if not Path(folder).is_dir():
-        raise ConfigError(f"--config-dir {folder} is not a folder.")
-    return Path(folder)
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
-def _run_hydra(recipes: list[str], codes: list[int]) -> None:
+def _flags(arguments: list[str]) -> Namespace:
+    """Hydra's flags, read before Hydra reads them, so that a wrong one is answered in one sentence."""
+    parser = get_args_parser()
+    parser.__class__ = _Parser
+    flags, rest = parser.parse_known_args(arguments)
+    wrong = [argument for argument in rest if argument.startswith("-")]
+    if wrong:
+        raise ConfigError(f"The flag {wrong[0]} does not exist; see --help.")
+    # Overrides that follow a flag.
+    flags.overrides += rest
+    modes = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(flags, name)]
+    if len(modes) > 1:
+        raise ConfigError(f"--{modes[0]} and --{modes[1]} cannot be combined.")
+    if flags.resolve and not flags.cfg:
+        raise ConfigError("--resolve goes with --cfg job.")
+    if flags.package and not flags.cfg:
+        raise ConfigError("--package goes with --cfg job.")
+    return flags
+
+
+@dataclass
+class Job:
+    """A composed configuration, what it was composed from, and in a sweep its name."""
+
+    node: DictConfig
+    recipe: str | None
+    overrides: list[str]
+    name: str = ""
+
+
+def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, name: str = "") -> Job | None:
+    """Compose the configuration of ``overrides``; None when another flag of Hydra's was answered instead.
+
+    Raises HydraException or OmegaConfBaseException, which :func:`explain` puts into words.
+    """
     import hydra
 
-    def job(node: DictConfig) -> None:
-        many = HydraConfig.get().mode is RunMode.MULTIRUN
+    settle(catalogue, {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)})
+    jobs = []
+
+    def keep(node: DictConfig) -> None:
+        recipe = HydraConfig.get().runtime.choices.get("recipe")
+        jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name))
+
+    # Hydra's parser takes the overrides in one piece only.
+    before, sys.argv = sys.argv, [sys.argv[0], *others, *overrides]
+    try:
+        hydra.main(config_path=str(config_folder("conf")), config_name="config", version_base="1.3")(keep)()
+    finally:
+        sys.argv = before
+    return jobs[0] if jobs else None
+
+
+def _sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int:
+    """Run one job after the other; the worst exit code. All are composed first: a typo stops the sweep at once."""
+    swept, combinations = expand(overrides)
+    jobs = [compose_job(others, line, catalogue, job_name(line, swept)) for line in combinations]
+    code = 0
+    for job in jobs:
+        assert job is not None
         try:
-            code = run_command(node, recipes)
+            last = run_job(job, catalogue)
         except BitnetTrainError as error:
-            _say(str(error))
-            code = error.exit_code
+            _say(f"{' '.join(job.overrides)}: {error}")
+            last = error.exit_code
         except OmegaConfBaseException as error:
-            _say(explain(error))
-            code = 2
-        codes.append(code)
-        if many and code in (130, 143):
-            sys.exit(code)
+            _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
+            last = 2
+        code = max(code, last)
+        if last in (130, 143):
+            break
+    return code
 
-    hydra.main(config_path=str(config_folder("conf")), config_name="config", version_base="1.3")(job)()
 
-
-def run_command(node: DictConfig, recipes: list[str]) -> int:
-    """Run the command of a composed configuration; its exit code."""
-    hydra_config = HydraConfig.get()
-    choices = OmegaConf.to_container(hydra_config.runtime.choices)
-    assert isinstance(choices, dict)
-    recipe = choices.get("recipe")
-    command = Command(node.command) if isinstance(node.command, str) else node.command
-    overrides = list(hydra_config.overrides.task)
-    if command in ON_A_RUN:
-        cfg = to_config(_on_a_run(node, command, recipe, overrides))
+def run_job(job: Job, catalogue: Catalogue) -> int:
+    """Validate a composed configuration and run its command; the exit code."""
+    node = job.node
+    check_keys(node)
+    if node.command in ON_A_RUN:
+        cfg = to_config(on_a_run(node, job.recipe, job.overrides))
     else:
-        if recipe is None:
-            raise ConfigError(f"No recipe is chosen: add +recipe=NAME, one of {', '.join(recipes)}.")
+        command = node.command.value
+        if job.recipe is None:
+            raise ConfigError(f"No recipe is chosen: add +recipe=NAME, one of {', '.join(catalogue.recipes)}.")
         if node.run is not None:
-            raise ConfigError(f"run= is for {', '.join(c.value for c in ON_A_RUN)}; command={command.value} starts from a recipe.")
-        node.run_name = run_name(node.run_name, str(recipe), overrides, hydra_config.mode is RunMode.MULTIRUN)
+            those = ", ".join(c.value for c in ON_A_RUN)
+            raise ConfigError(f"run= is for {those}; command={command} starts from a recipe.")
+        node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
         cfg = to_config(node)
+        if node.command in NEED_TEXT:
+            open_corpus(cfg.data.corpus)  # says at once that the text is missing
 
     from bitnet_train.commands import run
 
     return run(cfg)
 
 
-def run_name(given: str | None, recipe: str, overrides: list[str], many: bool) -> str:
-    """The run's folder under paths.runs: the given name or the recipe's, and under -m a part for the job's overrides."""
-    name = given or recipe
-    if not many:
-        return name
-    parsed = [line for line in overrides if line.lstrip("+~").partition("=")[0] not in NAMELESS]
-    return f"{name}/{re.sub(r'[^A-Za-z0-9_=.,+-]+', '_', ','.join(parsed)) or 'default'}"
+def run_name(name: str, job: str) -> str:
+    """The run's folder under paths.runs: its name, and under -m a folder of the job's own in it.
+
+    Raises ConfigError for a name that is no plain folder below paths.runs.
+    """
+    plain = re.fullmatch(r"[\w.=+,-]+(/[\w.=+,-]+)*", name)
+    if plain is None or any(part.startswith((".", "-")) or len(part) > LONGEST_NAME for part in name.split("/")):
+        raise ConfigError(
+            f"run_name='{name}' is no folder below paths.runs: use letters, digits and _ . - = + , and '/' for folders "
+            f"in folders (no spaces, no '.' or '-' at the start, at most {LONGEST_NAME} characters)."
+        )
+    return f"{name}/{job}" if job else name
 
 
-def _on_a_run(node: DictConfig, command: Command, recipe: object, overrides: list[str]) -> DictConfig:
+def expand(overrides: list[str]) -> tuple[set[str], list[list[str]]]:
+    """The keys that have several values, and the overrides of every combination, with the values as they were typed."""
+    parser = OverridesParser.create()
+    swept, choices = set(), []
+    for line in overrides:
+        head, _, text = line.partition("=")
+        override = parser.parse_overrides([line])[0]
+        values = [text]
+        if override.is_sweep_override():
+            swept.add(head.lstrip("+"))
+            plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(text) & set("[]{}()'\"")
+            values = text.split(",") if plain else list(override.sweep_string_iterator())
+        choices.append([f"{head}={value}" for value in values])
+    return swept, [list(combination) for combination in product(*choices)]
+
+
+def job_name(overrides: list[str], swept: set[str]) -> str:
+    """What tells one job of a sweep from the others: its overrides.
+
+    A setting that may change when a run is continued is left out unless the sweep tries several values of it, so that
+    the same sweep with more steps continues its runs.
+    """
+    parts = []
+    for line in overrides:
+        key, _, value = line.lstrip("+").partition("=")
+        if key not in NAMELESS and (key in swept or not may_change(key)):
+            parts.append(f"{key}={value}")
+    name = re.sub(r"[^\w=.,+-]+", "_", ",".join(parts)).strip("_.-")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def on_a_run(node: DictConfig, recipe: str | None, overrides: list[str]) -> DictConfig:
     """The saved configuration of ``run=``, with the values of this command line on top."""
+    command = node.command.value
     if recipe is not None and node.run is None:
-        node.run = str(Path(node.paths.runs) / (node.run_name or str(recipe)))
+        node.run = str(Path(node.paths.runs) / (node.run_name or recipe))
     if node.run is None:
-        raise ConfigError(f"command={command.value} needs run=FOLDER, the folder of a finished run such as runs/tiny.")
-    folder = Path(node.run)
+        raise ConfigError(f"command={command} needs run=FOLDER, the folder of a finished run such as runs/tiny.")
+    folder = Path(node.run).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"run={node.run} does not exist: give the folder of a run, such as runs/tiny.")
     saved_file = next((p for p in (folder / "config.yaml", folder.parent.parent / "config.yaml") if p.is_file()), None)
     if saved_file is None:
-        # An export on its own: its config.json describes the model, this configuration the rest.
-        return node
-    plain = OmegaConf.to_container(OmegaConf.load(saved_file))
-    assert isinstance(plain, dict)
-    saved = from_plain({str(k): v for k, v in plain.items()}, saved_file)
+        if (folder / "config.json").is_file():
+            # An export on its own: its config.json describes the model, this configuration the rest.
+            return node
+        raise ConfigError(f"run={node.run} is neither a run (no config.yaml there) nor an export (no config.json).")
+    saved = from_plain(_read_saved(saved_file), saved_file)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if key == "recipe":
             continue
-        if key in VARIANTS or key.replace("/", ".") in VARIANTS or key in ("quant", "model", "data"):
-            raise ConfigError(f"{key}= cannot be changed with command={command.value}: {folder} was trained with its own.")
+        if key.replace("/", ".") in VARIANTS or key in ("quant", "model", "data"):
+            raise ConfigError(f"{key}= cannot be changed with command={command}: {folder} was trained with its own.")
         OmegaConf.update(saved, key, OmegaConf.select(node, key))
-    saved.command, saved.run = node.command, node.run
+    saved.command, saved.run = node.command, str(folder)
     return saved
 
 
-def explain(error: Exception) -> str:
-    """One sentence for an error of Hydra or OmegaConf: what is wrong, where, and what was probably meant."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    text = "\n".join(str(e) for e in chain)
-    where = re.search(r"In '([^']+)'", text)
-    place = f" (in {where[1]}.yaml)" if where and where[1] != "config" else ""
-    missing = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*((?:\s*\S+\n?)+)", text)
-    if missing:
-        group, options = missing[2], missing[3].split()
-        name = missing[1].removeprefix(f"{group}/")
-        return f"{group}={name} does not exist{place}; choose one of {', '.join(options)}.{did_you_mean(name, options)}"
-    key = re.search(r"full_key: (\S+)", text)
-    if re.search(r"Key '[^']+' (?:is )?not in|Could not override|Key '[^']+' not found", text):
-        named = re.search(r"Could not override '([^']+)'", text)
-        name = (named[1] if named else key[1] if key else "?").strip()
-        known = [k for k, _ in flatten(to_plain(Config()))] + list(VARIANTS) + ["model", "quant", "data", "trainer", "paths"]
-        return f"{name} is not a configuration key{place}.{did_you_mean(name, _prefixes(known))}"
-    value = next((str(e).splitlines()[0] for e in chain if isinstance(e, OmegaConfBaseException) and str(e)), None)
-    if value and key:
-        return f"{key[1]}{place}: {value.rstrip('.')}."
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip() and "object_type" not in line)
-
-
-def _prefixes(keys: list[str]) -> list[str]:
-    """All keys and all their parents."""
-    found: dict[str, None] = {}
-    for key in keys:
-        parts = key.split(".")
-        for end in range(len(parts), 0, -1):
-            found[".".join(parts[:end])] = None
-    return list(found)
+def _read_saved(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {yaml_reason(error)}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not the configuration of a run.")
+    return {str(key): value for key, value in content.items()}
 
 
 if __name__ == "__main__":

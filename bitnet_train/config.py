@@ -4,7 +4,7 @@ Importing this loads neither torch nor Lightning, so that a typo is answered at 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
-from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
+from bitnet_train.nn.config import INIT_CONFIGS, ResidualDtype, check_decoder, check_init
 from bitnet_train.nn.layout import check_spec
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.checks import check_training
@@ -89,14 +89,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
-    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "logger", "checkpoint", "samples",
-    "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every", "trainer.micro_batch",
+    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "logger", "checkpoint",
+    "samples", "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every", "trainer.micro_batch",
     "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip
 
 
 def validate(cfg: Config) -> None:
     """Every rule between fields, before any work. Raises ConfigError with the first that is broken."""
+    check_names(cfg)
+    for name in ("runs", "data"):
+        if not getattr(cfg.paths, name):
+            raise ConfigError(f"paths.{name} is empty: give a folder.")
     check_decoder(cfg.model)
     spec = build_spec(cfg.quant)
     check_spec(cfg.model, spec)
@@ -111,15 +115,84 @@ def validate(cfg: Config) -> None:
     check_formats(cfg.export, cfg.model, spec)
     if set(cfg.resume) != {"from"}:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")
-        raise ConfigError(f"resume.{wrong} is not a configuration key; the only one is resume.from.{did_you_mean(wrong, ['from'])}")
+        raise ConfigError(f"resume.{wrong} is not a configuration key. Did you mean 'resume.from'?")
     if cfg.generate.max_new_tokens < 1 or cfg.generate.temperature < 0 or (cfg.generate.top_k or 1) < 1:
-        raise ConfigError("generate.max_new_tokens and generate.top_k must be at least 1 and generate.temperature at least 0.")
+        raise ConfigError(
+            "generate.max_new_tokens and generate.top_k must be at least 1 and generate.temperature at least 0."
+        )
     if cfg.evaluate.window is not None and not 1 <= cfg.evaluate.window <= cfg.model.context:
-        raise ConfigError(f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}.")
+        raise ConfigError(
+            f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}."
+        )
+    if cfg.trainer.precision == "32-true" and cfg.model.residual_dtype is not ResidualDtype.float32:
+        raise ConfigError(
+            f"model.residual_dtype={cfg.model.residual_dtype.value} with trainer.precision=32-true would compute in "
+            f"{cfg.model.residual_dtype.value}: use trainer.precision=bf16-mixed, or a float32 residual stream."
+        )
+
+
+def check_names(cfg: Config) -> None:
+    """Raises ConfigError when a variant's ``name`` was set by hand: it tells the dataclass and does not choose it."""
+    for key, options in VARIANTS.items():
+        value: Any = cfg
+        for part in key.split("."):
+            value = getattr(value, part)
+        if options.get(value.name) is not type(value):
+            group = key.replace(".", "/")
+            raise ConfigError(f"{key}.name={value.name} does not choose anything: write {group}={value.name}.")
+
+
+def check_keys(node: DictConfig, prefix: str = "") -> None:
+    """Raises ConfigError for a key that its dataclass lacks (``+optimizer.lrr=1`` adds one) or that was taken away."""
+    kind = OmegaConf.get_type(node)
+    if not is_dataclass(kind):
+        return
+    known = {f.name for f in fields(kind)}
+    for key in map(str, node):
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise ConfigError(unknown_key(name, kind))
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing() or child._is_interpolation()):
+            check_keys(child, f"{name}.")
+    for key in sorted(known - set(map(str, node))):
+        raise ConfigError(f"{prefix}{key} is missing from the configuration.")
+
+
+def unknown_key(key: str, kind: Any = None) -> str:
+    """The sentence for a key that does not exist; ``kind`` is the dataclass where it was looked for, if known."""
+    parent, _, leaf = key.rpartition(".")
+    options = VARIANTS.get(parent, {})
+    chosen = next((name for name, option in options.items() if option is kind), None)
+    if chosen is not None:
+        group = parent.replace(".", "/")
+        own = [f.name for f in fields(kind) if f.name != "name"]
+        others = [name for name, option in options.items() if leaf in {f.name for f in fields(option)}]
+        has = f"{group}={chosen} has {', '.join(own)}" if own else f"{group}={chosen} has no settings"
+        hint = f" {leaf} belongs to {group}={' and '.join(others)}." if others else did_you_mean(leaf, own)
+        return f"{key} is not a configuration key: {has}.{hint}"
+    siblings = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+    near = did_you_mean(leaf, siblings)
+    if near and parent:
+        near = near.replace("'", f"'{parent}.", 1)
+    return f"{key} is not a configuration key.{near or did_you_mean(key, known_keys())}"
+
+
+def known_keys() -> list[str]:
+    """Every key of every variant, and every part of the configuration that holds keys."""
+    found = {key: None for key, _ in flatten(to_plain(Config()))}
+    for prefix, options in VARIANTS.items():
+        found |= {f"{prefix}.{f.name}": None for option in options.values() for f in fields(option)}
+    for key in list(found):
+        while "." in key:
+            key = key.rpartition(".")[0]
+            found[key] = None
+    return list(found)
 
 
 def to_config(node: DictConfig) -> Config:
     """The typed configuration of a composed one, validated. Raises ConfigError."""
+    check_keys(node)
     cfg = OmegaConf.to_object(node)
     assert isinstance(cfg, Config)
     validate(cfg)
@@ -139,11 +212,13 @@ def to_yaml(cfg: Config) -> str:
 
 
 def from_plain(plain: dict[str, Any], origin: Path) -> DictConfig:
-    """The structured configuration of a saved one, each variant of its own type. Raises ConfigError for a broken file."""
+    """The structured configuration of a saved one, each variant of its own type. Raises ConfigError if it is none."""
     base = OmegaConf.structured(Config)
     saved = OmegaConf.create(plain)
     for key, options in VARIANTS.items():
         name = OmegaConf.select(saved, f"{key}.name")
+        if name is None:
+            raise ConfigError(f"{origin} is not the configuration of a run: it has no {key}.name.")
         if name not in options:
             raise ConfigError(f"{origin}: {key}.name is '{name}', which this version does not know.")
         OmegaConf.update(base, key, OmegaConf.structured(options[name]), merge=False)
@@ -164,12 +239,17 @@ def flatten(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, plain
 
 
+def may_change(key: str) -> bool:
+    """Whether a run can be continued with another value of ``key``."""
+    return any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)
+
+
 def check_continuation(saved: dict[str, Any], cfg: Config, origin: Path) -> None:
     """Raises ConfigError, naming the key, when ``cfg`` would change what the saved run computes."""
     old, new = dict(flatten(saved)), dict(flatten(to_plain(cfg)))
     for key in [*new, *(k for k in old if k not in new)]:
-        if old.get(key) != new.get(key) and not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE):
+        if old.get(key) != new.get(key) and not may_change(key):
             raise ConfigError(
-                f"{origin} was started with {key}={old.get(key)}, and this command says {new.get(key)}: restore it, choose "
-                f"another run_name, or fork with resume.from={origin.parent} run_name=NAME."
+                f"{origin} was started with {key}={old.get(key)}, and this command says {new.get(key)}: restore it, "
+                f"choose another run_name, or fork with resume.from={origin.parent} run_name=NAME."
             )

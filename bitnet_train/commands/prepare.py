@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from bitnet_train.commands.console import make_console
 from bitnet_train.config import Config
 from bitnet_train.data.config import DataConfig
 from bitnet_train.data.prepare import prepare, prepared, shard_folder
@@ -16,7 +17,7 @@ MEGABYTE = 1_000_000
 
 def run(cfg: Config) -> int:
     """Make the shards of ``cfg.data``, or verify those that exist (``data.rebuild=true`` makes them again)."""
-    console = Console()
+    console = make_console()
     folder, manifest = ensure_prepared(cfg, console)
     for split, entry in manifest.splits.items():
         console.print(

@@ -1,22 +1,20 @@
 """``command=train``: prepare the data if need be, claim the run folder, train or continue, say what came of it."""
 
-import gzip
-import lzma
 import re
 from pathlib import Path
 
-from rich.console import Console
-
+from bitnet_train.commands.console import make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_yaml
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
+from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.training.run_folder import RunFolder
 
 
 def run(cfg: Config) -> int:
     """Train; the same command again continues. Returns 0, or 130 or 143 when a signal stopped the run after saving."""
-    console = Console()
+    console = make_console()
     assert cfg.run_name is not None
     folder = RunFolder(Path(cfg.paths.runs) / cfg.run_name)
     fork = _fork_source(cfg)
@@ -32,22 +30,19 @@ def run(cfg: Config) -> int:
     start = folder.last_checkpoint or fork
     outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, console)
     if outcome.exit_code:
-        console.print(f"stopped at step {outcome.step}, saved in {folder.checkpoints}; the same command continues the run")
+        where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
+        console.print(f"{where}; the same command continues the run")
         return outcome.exit_code
     if outcome.validation is not None:
-        text = split_text(cfg.data, "val").encode() if cfg.data.validation_tokens is None else b""
-        console.print(
-            f"[bold]{outcome.validation.bits_per_byte:.4f} bits per byte[/bold] on {outcome.validation.bytes:,} held-out bytes"
-            + (f" (gzip -9: {compressed(text, 'gzip'):.2f}, xz -9: {compressed(text, 'xz'):.2f} on the same text)" if text else "")
-        )
+        beside = ""
+        if cfg.data.validation_tokens is None:
+            others = compressed_bits_per_byte(split_text(cfg.data, "val").encode())
+            beside = f" ({', '.join(f'{name}: {bits:.2f}' for name, bits in others.items())} on the same text)"
+        result = outcome.validation
+        figure = f"[bold]{result.bits_per_byte:.4f} bits per byte[/bold]"
+        console.print(f"{figure} on {result.bytes:,} held-out bytes{beside}")
     console.print(f"run folder: {folder.path}; next: python -m bitnet_train command=export run={folder.path}")
     return 0
-
-
-def compressed(text: bytes, how: str) -> float:
-    """Bits per byte that ``gzip -9`` or ``xz -9`` needs for ``text``."""
-    packed = gzip.compress(text, 9) if how == "gzip" else lzma.compress(text, preset=9)
-    return 8 * len(packed) / len(text)
 
 
 def _fork_source(cfg: Config) -> Path | None:

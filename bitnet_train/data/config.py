@@ -120,12 +120,17 @@ def check_data(cfg: DataConfig, context: int) -> None:
     if cfg.shard_tokens < cfg.sequence_length + 1:
         raise ConfigError(f"data.shard_tokens={cfg.shard_tokens} is less than one sequence of {cfg.sequence_length}.")
     if cfg.validation_tokens is not None and cfg.validation_tokens < cfg.sequence_length:
-        raise ConfigError(f"data.validation_tokens={cfg.validation_tokens} is less than one sequence of {cfg.sequence_length}.")
+        raise ConfigError(
+            f"data.validation_tokens={cfg.validation_tokens} is less than one sequence of {cfg.sequence_length}."
+        )
     if getattr(cfg.corpus, "validation_every", 50) < 8:
         raise ConfigError("data.corpus.validation_every must be at least 8 (document 7 of each round is validation).")
     if isinstance(cfg.tokenizer, BpeTokenizer) and cfg.tokenizer.vocab_size < 257:
         raise ConfigError(
-            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size} is too small for bytes and a special token: use 257 or more."
+            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size} is too small for bytes and a special "
+            "token: use 257 or more."
         )
     if isinstance(cfg.tokenizer, PretrainedTokenizer) and not cfg.tokenizer.source:
-        raise ConfigError("data.tokenizer.source is empty: give a tokenizer.json, a folder that holds one, or a hub name.")
+        raise ConfigError(
+            "data.tokenizer.source is empty: give a tokenizer.json, a folder that holds one, or a hub name."
+        )

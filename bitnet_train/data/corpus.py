@@ -3,18 +3,21 @@
 import gzip
 import hashlib
 import json
+import re
 import sys
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bitnet_train.data.config import CorpusConfig, FilesCorpus, StdlibCorpus
 from bitnet_train.errors import ConfigError
 
 VALIDATION_OFFSET = 7
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class StdlibSource:
     exact duplicates.
     """
 
-    SKIPPED = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "test", "tests", "idle_test", "__pycache__"})
+    SKIPPED = frozenset(
+        {"site-packages", "dist-packages", "encodings", "pydoc_data", "test", "tests", "idle_test", "__pycache__"}
+    )
 
     def __init__(self, cfg: StdlibCorpus) -> None:
         self.cfg = cfg
@@ -82,8 +87,14 @@ class FilesSource:
         if not cfg.path:
             raise ConfigError("data.corpus.path is not set: give a text or jsonl file, or a folder of them.")
         self.cfg = cfg
-        self.files = self._find(cfg.path, "data.corpus.path")
-        self.validation_files = self._find(cfg.validation_path, "data.corpus.validation_path") if cfg.validation_path else None
+        self.validation_files = (
+            self._find(cfg.validation_path, "data.corpus.validation_path") if cfg.validation_path else None
+        )
+        # A validation file inside the training folder is held out, not trained on.
+        held_out = {path.resolve() for path in self.validation_files or []}
+        self.files = [path for path in self._find(cfg.path, "data.corpus.path") if path.resolve() not in held_out]
+        if not self.files:
+            raise ConfigError(f"data.corpus.path={cfg.path} holds no files but those of data.corpus.validation_path.")
 
     def _find(self, where: str, key: str) -> list[Path]:
         root = Path(where).expanduser()
@@ -92,11 +103,17 @@ class FilesSource:
         if not root.exists():
             raise ConfigError(f"{key}={where} does not exist: give a text or jsonl file, or a folder of them.")
         found = sorted(
-            (p for p in root.rglob("*") if p.is_file() and any(fnmatch(p.name, pattern) for pattern in self.cfg.patterns)),
+            (
+                p
+                for p in root.rglob("*")
+                if p.is_file() and any(fnmatch(p.name, pattern) for pattern in self.cfg.patterns)
+            ),
             key=lambda p: p.relative_to(root).as_posix(),
         )
         if not found:
-            raise ConfigError(f"{key}={where} holds no file that matches {', '.join(self.cfg.patterns)} (data.corpus.patterns).")
+            raise ConfigError(
+                f"{key}={where} holds no file that matches {', '.join(self.cfg.patterns)} (data.corpus.patterns)."
+            )
         return found
 
     def documents(self) -> Iterator[Document]:
@@ -108,29 +125,38 @@ class FilesSource:
 
     def _texts(self, files: list[Path]) -> Iterator[str]:
         for path in files:
-            opener: Callable[..., object] = gzip.open if path.suffix == ".gz" else open
+            opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
             try:
-                with opener(path, "rt", encoding="utf-8") as stream:  # type: ignore[attr-defined]
-                    if ".jsonl" in path.suffixes:
+                if path.name.removesuffix(".gz").endswith(".jsonl"):
+                    with opener(path, "rb") as stream:
                         yield from self._lines(path, stream)
-                    elif text := stream.read():
-                        yield text
+                else:
+                    with opener(path, "rt", encoding="utf-8") as stream:
+                        if text := stream.read():
+                            yield text
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise ConfigError(f"{path} cannot be read: {error}.") from None
 
-    def _lines(self, path: Path, stream: Iterator[str]) -> Iterator[str]:
+    def _lines(self, path: Path, stream: Iterator[bytes]) -> Iterator[str]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[self.cfg.text_field]
+                text = json.loads(line.decode("utf-8"))[self.cfg.text_field]
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path} line {number} is not UTF-8 text ({error.reason}).") from None
             except (json.JSONDecodeError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
                 raise ConfigError(
-                    f"{path} line {number} is no JSON object with a text field '{self.cfg.text_field}' (data.corpus.text_field)."
+                    f"{path} line {number} is no JSON object with a text field '{self.cfg.text_field}' "
+                    "(data.corpus.text_field)."
+                )
+            if SURROGATE.search(text):
+                raise ConfigError(
+                    f"{path} line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text."
                 )
             if text:
                 yield text

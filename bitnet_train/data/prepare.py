@@ -69,7 +69,7 @@ def prepare(cfg: DataConfig, root: Path, progress: Progress = _no_progress) -> M
     folder = shard_folder(cfg, root)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(f"{folder.name}.partial-*"):
+    for stale in (*root.glob(f"{folder.name}.partial-*"), *root.glob(f"{folder.name}.replaced-*")):
         if not _alive(int(stale.name.rpartition("-")[2])):
             shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir()
@@ -86,6 +86,9 @@ def prepare(cfg: DataConfig, root: Path, progress: Progress = _no_progress) -> M
 
 
 def _alive(pid: int) -> bool:
+    """Whether another process with this id runs (in a container, a killed predecessor often had the id of this one)."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -99,7 +102,10 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
     identity = corpus.identity()
     tokenizer = build_tokenizer(cfg.tokenizer, _training_texts(corpus, progress))
     if tokenizer.vocab_size > cfg.tokenizer.vocab_size:
-        raise ConfigError(f"The tokenizer has {tokenizer.vocab_size} ids, more than data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}.")
+        raise ConfigError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, more than "
+            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}."
+        )
     tokenizer.save(folder)
     writers = {split: ShardWriter(folder, split, tokenizer.vocab_size, cfg.shard_tokens) for split in ("train", "val")}
     done = 0
@@ -119,7 +125,8 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
     for split, name in (("train", "training"), ("val", "validation")):
         if manifest.splits[split]["tokens"] < 2:
             raise ConfigError(
-                f"data.corpus={cfg.corpus.name} gives no {name} documents: add text, or set data.corpus.validation_path."
+                f"data.corpus={cfg.corpus.name} gives no {name} documents: add text, or set "
+                "data.corpus.validation_path."
             )
     manifest.save(folder)
     return manifest

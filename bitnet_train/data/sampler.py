@@ -11,13 +11,11 @@ from torch.utils.data import Sampler
 # The run is one endless epoch that the trainer's step limit ends, whatever the size of the corpus.
 ENDLESS = 10**12
 
-_MASK = np.uint64(0xFFFFFFFF)
 
-
-def _mix(values: np.ndarray, key: int) -> np.ndarray:
-    """A 64-bit integer hash (the finaliser of SplitMix64, Steele et al. 2014) of ``values`` under ``key``."""
+def _mix(value: np.uint64, key: int) -> np.uint64:
+    """A 64-bit integer hash (the finaliser of SplitMix64, Steele et al. 2014) of ``value`` under ``key``."""
     with np.errstate(over="ignore"):
-        z = values + np.uint64(key)
+        z = value + np.uint64(key)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -56,7 +54,8 @@ class ConsumedBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, size: int, batch: int, seed: int, consumed: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.size, self.batch, self.seed, self.consumed, self.rank, self.world = size, batch, seed, consumed, rank, world
+        self.size, self.batch, self.seed, self.consumed = size, batch, seed, consumed
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return ENDLESS

@@ -67,9 +67,13 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is no readable manifest ({error}): prepare again with command=prepare data.rebuild=true.") from None
+        raise ConfigError(
+            f"{path} is no readable manifest ({error}): prepare again with command=prepare data.rebuild=true."
+        ) from None
     if manifest.fingerprint != manifest.compute_fingerprint():
-        raise ConfigError(f"{path} was edited: its fingerprint does not match. Prepare again with command=prepare data.rebuild=true.")
+        raise ConfigError(
+            f"{path} was edited: its fingerprint does not match. Prepare again with command=prepare data.rebuild=true."
+        )
     return manifest
 
 
@@ -110,9 +114,7 @@ class ShardWriter:
         shard, rest = everything[:tokens], everything[tokens:]
         path = self.folder / f"{self.split}-{len(self.infos):05d}.npy"
         np.save(path, shard)
-        self.infos.append(
-            ShardInfo(path.name, len(shard), path.stat().st_size, file_digest(path), sample_digest(path))
-        )
+        self.infos.append(ShardInfo(path.name, len(shard), path.stat().st_size, file_digest(path), sample_digest(path)))
         self._pending, self._pending_tokens = [rest], len(rest)
 
 
@@ -146,7 +148,9 @@ def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
         if not path.is_file():
             raise ConfigError(f"The token shard {path} is missing. {again}")
         if path.stat().st_size != shard.bytes:
-            raise ConfigError(f"The token shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}. {again}")
+            raise ConfigError(
+                f"The token shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}. {again}"
+            )
         actual, wanted = (file_digest(path), shard.digest) if full else (sample_digest(path), shard.sample_digest)
         if actual != wanted:
             raise ConfigError(f"The token shard {path} was edited: its digest does not match the manifest. {again}")

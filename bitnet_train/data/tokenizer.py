@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained here, or an existing one, as a ``tokenizers`` object with the special ids that the rest needs."""
+"""Byte-level BPE, trained here or an existing one: a ``tokenizers`` object with the special ids that the rest needs."""
 
 import json
 from collections.abc import Iterable
@@ -12,6 +12,8 @@ from bitnet_train.data.config import BpeTokenizer, PretrainedTokenizer, Tokenize
 from bitnet_train.errors import ConfigError
 
 SPECIALS_FILE = "special_tokens.json"
+# What only a byte-level tokenizer gives back unchanged: case, runs of white space, accents, CJK, an emoji.
+PROBE = "Def  héllo\n\t\tworld 你好 \U0001f600."
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,14 @@ class TextTokenizer:
     bos_id: int
     eos_id: int
 
+    def __post_init__(self) -> None:
+        # Text is data: a document that mentions "<|endoftext|>" does not end there.
+        self.tokenizer.encode_special_tokens = True
+
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        """The highest id plus one, added tokens included."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without special tokens."""
@@ -87,13 +93,15 @@ def train_bpe(texts: Iterable[str], cfg: BpeTokenizer) -> TextTokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     end = tokenizer.token_to_id(cfg.end_of_text)
+    assert end is not None  # the trainer was given it
     return TextTokenizer(tokenizer, bos_id=end, eos_id=end)
 
 
 def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
     """An existing tokenizer from a local file, a local folder or the Hugging Face hub.
 
-    Raises ConfigError when it cannot be had, lacks the special tokens, or has more ids than ``vocab_size``.
+    Raises ConfigError when it cannot be had, lacks the special tokens, has more ids than ``vocab_size``, or is not
+    byte-level.
     """
     path = Path(cfg.source).expanduser()
     try:
@@ -106,19 +114,30 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"data.tokenizer.source={cfg.source} is neither a tokenizer.json, a folder with one, nor a hub repository that "
-            f"can be reached ({reason})."
+            f"data.tokenizer.source={cfg.source} is neither a tokenizer.json, a folder with one, nor a hub repository "
+            f"that can be reached ({reason})."
         ) from None
-    ids = {}
+    ids: dict[str, int] = {}
     for key in ("bos", "eos"):
         token = getattr(cfg, key)
-        ids[key] = tokenizer.token_to_id(token)
-        if ids[key] is None:
+        index = tokenizer.token_to_id(token)
+        if index is None:
             raise ConfigError(f"data.tokenizer.{key}={token} is not in the vocabulary of {cfg.source}.")
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
+        ids[key] = index
+    text_tokenizer = TextTokenizer(tokenizer, ids["bos"], ids["eos"])
+    size = text_tokenizer.vocab_size
     if size > cfg.vocab_size:
-        raise ConfigError(f"{cfg.source} has {size} ids but data.tokenizer.vocab_size={cfg.vocab_size}: raise it to {size} or more.")
-    return TextTokenizer(tokenizer, ids["bos"], ids["eos"])
+        raise ConfigError(
+            f"{cfg.source} has {size} ids but data.tokenizer.vocab_size={cfg.vocab_size}: raise it to {size} or more."
+        )
+    probe_ids = text_tokenizer.encode(PROBE)
+    counted = int(text_tokenizer.byte_lengths()[probe_ids].sum())
+    if text_tokenizer.decode(probe_ids) != PROBE or counted != len(PROBE.encode()):
+        raise ConfigError(
+            f"{cfg.source} is no byte-level BPE tokenizer (text does not come back byte for byte), so bits per byte "
+            "could not be counted: choose a byte-level one."
+        )
+    return text_tokenizer
 
 
 def build_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> TextTokenizer:

@@ -17,13 +17,15 @@ class Windows(Dataset[Tensor]):
     def __init__(self, tokens: TokenArray, length: int, partial: bool = False, limit: int | None = None) -> None:
         self.tokens, self.length = tokens, length
         self.end = len(tokens) if limit is None else min(len(tokens), limit + 1)
-        predicted = self.end - 1
+        predicted = max(0, self.end - 1)
         self.count = -(-predicted // length) if partial else predicted // length
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.count:
+            raise IndexError(f"window {index} of {self.count}")
         start = index * self.length
         return torch.from_numpy(self.tokens.slice(start, min(start + self.length + 1, self.end)))
 

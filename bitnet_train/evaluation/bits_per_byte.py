@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.data.windows import document_numbers
+from bitnet_train.errors import ConfigError
 from bitnet_train.nn.decoder import Decoder
 
 
@@ -74,8 +75,11 @@ def windows_loss(
 def text_loss(model: Decoder, tokenizer: TextTokenizer, text: str, window: int, batch: int = 16) -> TextLoss:
     """The loss of ``model`` on one text, read as a document of its own, in windows of ``window`` tokens.
 
-    Windows do not overlap (each starts without context), as in validation during training.
+    Windows do not overlap (each starts without context), as in validation during training. Raises ConfigError for an
+    empty text.
     """
+    if not text:
+        raise ConfigError("The text to measure is empty.")
     ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])
     return windows_loss(model, cut_windows(ids, window, batch), tokenizer.byte_lengths())
 

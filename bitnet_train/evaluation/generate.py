@@ -10,10 +10,12 @@ from bitnet_train.nn.decoder import Decoder
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> int:
-    """One id from logits (vocab,): the most likely at temperature 0, otherwise sampled, among the ``top_k`` if given."""
+    """One id from logits (vocab,): the most likely at temperature 0, otherwise sampled, among ``top_k`` if given."""
     logits = logits.float()
     if temperature <= 0:
         return int(logits.argmax())
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
     if top_k is not None and top_k < logits.shape[-1]:
         logits = torch.where(logits < logits.topk(top_k).values[-1], -torch.inf, logits)
     probabilities = torch.softmax(logits / temperature, dim=-1)
@@ -36,7 +38,7 @@ def generate_ids(
     A prompt longer than the context keeps its end. Sampling draws from a generator of its own, so that it disturbs
     no other random numbers.
     """
-    prompt = prompt[-(model.cfg.context - 1) :]
+    prompt = prompt[max(0, len(prompt) - (model.cfg.context - 1)) :]
     if not prompt:
         raise ValueError("the prompt needs at least one token")
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +63,7 @@ def generate_text(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields the continuation of ``prompt`` piece by piece; a piece ends where the bytes so far are whole characters."""
+    """Yields the continuation of ``prompt`` piece by piece; a piece ends where the bytes so far are characters."""
     ids: list[int] = []
     written = ""
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]

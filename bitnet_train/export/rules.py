@@ -17,10 +17,11 @@ def hf_packed_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
         out_features = shapes[name][0]
-        if layer.group_count(out_features) != 1:
-            return f"it holds one scale per tensor, and {name} has {layer.group_count(out_features)} (quant.weight.groups)"
+        groups = layer.group_count(out_features)
+        if groups != 1:
+            return f"it holds one scale per tensor, and {name} has {groups} (quant.weight.groups)"
         if layer.activation_bits != 8:
-            return f"its consumer quantises activations to 8 bits, and the inputs of {name} are floats (quant.activation.bits)"
+            return f"its consumer quantises activations, and the inputs of {name} are floats (quant.activation.bits)"
         if out_features % CODES_PER_BYTE:
             return f"it packs {CODES_PER_BYTE} output rows into a byte, and {name} has {out_features}"
     return None
@@ -36,7 +37,8 @@ def check_formats(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) -> N
         raise ConfigError(f"export.verify_tokens is {cfg.verify_tokens}; it must be at least 2.")
     for name in cfg.formats or []:
         if name not in FORMAT_RULES:
-            raise ConfigError(f"export.formats: '{name}' does not exist; choose from {', '.join(FORMAT_RULES)}.{did_you_mean(name, FORMAT_RULES)}")
+            near = did_you_mean(name, FORMAT_RULES)
+            raise ConfigError(f"export.formats: '{name}' does not exist; choose from {', '.join(FORMAT_RULES)}.{near}")
         obstacle = FORMAT_RULES[name](model, spec)
         if obstacle:
             others = [n for n, rule in FORMAT_RULES.items() if rule(model, spec) is None]

@@ -162,5 +162,5 @@ class _WeightOnlyLinear(torch.autograd.Function):
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
     """The unquantised counterpart: ``linear(rms_norm(x))``, under autocast if it is on. x (..., K) -> (..., N)."""
     if norm_weight is not None:
-        x = rms_norm(x, norm_weight, norm_eps)[0].to(compute_dtype(x))
-    return F.linear(x, weight, bias)
+        x = rms_norm(x, norm_weight, norm_eps)[0]
+    return F.linear(x.to(compute_dtype(weight)), weight, bias)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.nn.bit_linear import BitLinear
+from bitnet_train.nn.bit_linear import BitLinear, SharedInput
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import Role, parameter_table
 
@@ -56,6 +56,10 @@ def audit(model: Decoder) -> AuditReport:
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(f"The model is not quantised as the recipe says: {wrong[0]}{more}.")
+    used = {id(layer) for shared in modules.values() if isinstance(shared, SharedInput) for layer in shared.layers}
+    owned = {id(module) for module in modules.values()}
+    if not used <= owned:
+        raise ConfigError("A linear layer was replaced after the model was built; the forward still runs the old one.")
     linears: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     for name, module in modules.items():

@@ -6,7 +6,7 @@ buffers that are refreshed once per optimizer step, which is how training and ge
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,17 @@ class BitLinear(nn.Linear):
     def keep(self, kept: Codes | None) -> None:
         """Hold these codes as buffers from now on (None: derive them again). The caller keeps them fresh."""
         self.codes, self.scale = (None, None) if kept is None else kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle derives its codes again: no cache refreshes them there. Codes without weights go along.
+        return self.__dict__ | {"_buffers": {"codes": None, "scale": None}} if self.weight.numel() else self.__dict__
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.codes is not None:
+            self.scale = scale.to(self.codes.device)  # scales are float32 whatever the type of the weights
+        return self
 
     def quantised(self) -> Codes:
         """The current codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
@@ -127,6 +138,16 @@ class SharedInput(nn.Module):
         self.row_scale: Tensor | None
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("row_scale", None, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": {"codes": None, "row_scale": None}}  # derived again, as in BitLinear
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        row_scale = self.row_scale
+        super()._apply(fn, recurse)
+        if row_scale is not None and self.codes is not None:
+            self.row_scale = row_scale.to(self.codes.device)
+        return self
 
     @property
     def bit_layers(self) -> list[BitLinear]:

@@ -46,7 +46,7 @@ class CodeCache:
         self._measure_next = False
         self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
         self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
-        self._handles: list[Any] = [model.register_load_state_dict_post_hook(lambda *_: self.refresh())]
+        self._handles: list[Any] = [model.register_load_state_dict_post_hook(_refresh_loaded)]
         if optimizer is not None:
             self.attach(optimizer)
         self.refresh()
@@ -55,6 +55,8 @@ class CodeCache:
         """Refresh after every step of ``optimizer``."""
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.refresh()))
 
+    # Not inference_mode, even inside one: the buffers are saved for the backward of later steps.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, measure: bool = False) -> None:
         """Derive all codes from the master weights; with ``measure`` also count zeros and flips into ``statistics``."""
@@ -68,12 +70,7 @@ class CodeCache:
                 zeros.append((fresh.codes == 0).sum())
                 if kept is not None:
                     flips.append((fresh.codes != kept.codes).sum())
-            if kept is not None and kept.codes.device == fresh.codes.device:
-                # In place: compiled graphs hold the buffers, and the codes may be views of a stack.
-                kept.codes.copy_(fresh.codes)
-                kept.scale.copy_(fresh.scale)
-            else:
-                layer.keep(fresh)
+            _keep_in_place(layer, fresh)
         for shared in self._shared:
             keep_stack(shared)
         if measure and zeros:
@@ -94,6 +91,28 @@ class CodeCache:
             layer.keep(None)
         for shared in self._shared:
             shared.codes = shared.row_scale = None
+
+
+def _keep_in_place(layer: BitLinear, fresh: Codes) -> None:
+    kept = layer.kept
+    if kept is not None and kept.codes.device == fresh.codes.device:
+        # In place: compiled graphs hold the buffers, and the codes may be views of a stack.
+        kept.codes.copy_(fresh.codes)
+        kept.scale.copy_(fresh.scale)
+    else:
+        layer.keep(fresh)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _refresh_loaded(model: nn.Module, _: Any) -> None:
+    """Refreshes the codes that ``model`` keeps; a plain function of the model, so that copies and pickles carry it."""
+    for layer in model.modules():
+        if isinstance(layer, BitLinear) and layer.kept is not None:
+            _keep_in_place(layer, quantise_weight(layer.weight, layer.quant))
+    for shared in model.modules():
+        if isinstance(shared, SharedInput) and shared.codes is not None:
+            keep_stack(shared)
 
 
 @torch.no_grad()
@@ -124,8 +143,10 @@ def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
     """Give the BitLinear layers of ``model`` codes that have no master weights, as when an export is read back.
 
     ``codes`` maps module names to codes. The master weights are dropped, so that nothing can re-derive other codes.
-    Raises KeyError when a quantised layer is missing from ``codes`` and ValueError for a wrong shape.
+    Raises KeyError when ``codes`` lacks a quantised layer or has one too many, and ValueError for a wrong shape.
     """
+    if surplus := sorted(codes.keys() - {n for n, m in model.named_modules() if isinstance(m, BitLinear)}):
+        raise KeyError(f"codes of no quantised layer: {surplus[0]}")
     for name, layer in model.named_modules():
         if isinstance(layer, BitLinear):
             given = codes[name]

@@ -94,21 +94,23 @@ class InitConfig:
 @dataclass
 class NormalInit(InitConfig):
     name: str = "normal"
-    # Standard deviation of every weight matrix and of the embedding.
+    # Standard deviation of every weight matrix.
     std: float = 0.02
+    # Standard deviation of the embedding and of an untied head; null for std.
+    embedding_std: float | None = None
 
 
 @dataclass
-class DepthScaledInit(InitConfig):
+class DepthScaledInit(NormalInit):
+    """As normal, with std / sqrt(2 * layers) for o_proj and down_proj, which write to the residual stream (GPT-2)."""
+
     name: str = "depth_scaled"
-    # Standard deviation, divided by sqrt(2 * layers) for o_proj and down_proj, which write to the residual stream (GPT-2).
-    std: float = 0.02
 
 
 def check_init(cfg: InitConfig) -> None:
     """Raises ConfigError for a spread that is not positive."""
-    if isinstance(cfg, NormalInit | DepthScaledInit) and cfg.std <= 0:
-        raise ConfigError(f"init.std must be positive, it is {cfg.std:g}.")
+    if isinstance(cfg, NormalInit) and not (cfg.std > 0 and (cfg.embedding_std is None or cfg.embedding_std > 0)):
+        raise ConfigError(f"init.std and init.embedding_std must be positive, they are {cfg.std} and {cfg.embedding_std}.")
 
 
 INIT_CONFIGS: dict[str, type[InitConfig]] = {"normal": NormalInit, "depth_scaled": DepthScaledInit}

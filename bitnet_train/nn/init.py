@@ -3,7 +3,7 @@
 ======================  ================================================
 parameter               distribution
 ======================  ================================================
-embedding, head         normal(0, std)
+embedding, head         normal(0, embedding_std or std)
 linear layers           normal(0, std)
 o_proj, down_proj       depth_scaled: normal(0, std / sqrt(2 * layers))
 norm weights            1
@@ -25,11 +25,19 @@ from bitnet_train.quant.spec import QuantSpec
 
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
 
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+
+
+def _normal(cfg: NormalInit, name: str, layers: int) -> float:
+    return cfg.embedding_std or cfg.std if name in EMBEDDINGS else cfg.std
+
+
+def _depth_scaled(cfg: DepthScaledInit, name: str, layers: int) -> float:
+    return _normal(cfg, name, layers) / math.sqrt(2 * layers if name.endswith(RESIDUAL_WRITERS) else 1)
+
+
 # Config type -> function (config, parameter name, number of blocks) -> standard deviation of that matrix.
-INIT_STD: dict[type[InitConfig], Callable[..., float]] = {
-    NormalInit: lambda cfg, name, layers: cfg.std,
-    DepthScaledInit: lambda cfg, name, layers: cfg.std / math.sqrt(2 * layers if name.endswith(RESIDUAL_WRITERS) else 1),
-}
+INIT_STD: dict[type[InitConfig], Callable[..., float]] = {NormalInit: _normal, DepthScaledInit: _depth_scaled}
 
 
 @torch.no_grad()

@@ -26,8 +26,13 @@ class KVCache:
         return self.keys.shape[3]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (batch, kv_heads, new, head_dim) behind the filled tokens; returns all of the layer's."""
+        """Stores k and v (batch, kv_heads, new, head_dim) behind the filled tokens; returns all of the layer's.
+
+        Raises ValueError when they do not fit.
+        """
         end = self.length + k.shape[2]
+        if end > self.capacity:  # one token too many would be broadcast into an empty slice, and lost
+            raise ValueError(f"{end} tokens do not fit a KV cache of {self.capacity} tokens")
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

@@ -16,15 +16,21 @@ DEVICE_PEAKS = {
 }
 
 
-def forward_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:
-    """Operations of one forward pass per token: 2 per weight of every matmul, head included, plus causal attention.
+def forward_flops(cfg: DecoderConfig, sequence_length: int) -> dict[str, float]:
+    """Operations of one forward pass per token by part: 2 per weight of every matmul, and causal attention.
 
     Attention's two products cost ``2 * 2 * hidden`` per token and visible position, on average half the sequence.
     """
-    linear = sum(p.size for p in parameter_table(cfg) if p.role is Role.linear)
-    head = cfg.vocab * cfg.hidden
-    attention = 4 * cfg.layers * cfg.hidden * sequence_length / 2
-    return 2.0 * (linear + head) + attention
+    return {
+        "linear layers": 2.0 * sum(p.size for p in parameter_table(cfg) if p.role is Role.linear),
+        "attention": 4.0 * cfg.layers * cfg.hidden * sequence_length / 2,
+        "head": 2.0 * cfg.vocab * cfg.hidden,
+    }
+
+
+def forward_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:
+    """Operations of one forward pass per token, the sum of :func:`forward_flops`."""
+    return sum(forward_flops(cfg, sequence_length).values())
 
 
 def training_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:

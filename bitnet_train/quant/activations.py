@@ -35,13 +35,11 @@ def quantise_tokens(x: Tensor) -> TokenCodes:
 
     ``m = max|x|`` of the token clamped at 1e-5; ``codes = clip(round(x * (127 / m)), -128, 127)`` in float32 with
     rounding half to even; ``scale = m / 127`` (BitNet b1.58's reference code; the same ``m`` both ways). A token with a
-    NaN or an infinity gets codes 0 and a NaN scale, so that every output it takes part in is NaN.
+    NaN or an infinity gets a NaN scale (its codes are arbitrary), so that every output it takes part in is NaN.
     """
     x = x.float()
-    absmax = x.abs().amax(dim=-1, keepdim=True)
+    absmax = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
     finite = torch.isfinite(absmax)
     clamped = torch.where(finite, absmax, torch.ones_like(absmax)).clamp(min=ABSMAX_FLOOR)
-    codes = torch.round(x * (127.0 / clamped)).clamp(-128, 127)
-    codes = torch.where(finite, codes, torch.zeros_like(codes)).to(torch.int8)
-    scale = torch.where(finite, clamped / 127.0, torch.full_like(clamped, float("nan")))
-    return TokenCodes(codes, scale)
+    codes = torch.round(x * (127.0 / clamped)).clamp(-128, 127).to(torch.int8)
+    return TokenCodes(codes, torch.where(finite, clamped / 127.0, torch.full_like(clamped, torch.nan)))

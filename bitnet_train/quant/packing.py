@@ -17,7 +17,7 @@ def pack_2bit(codes: Tensor) -> Tensor:
     rows = codes.shape[0]
     if rows % CODES_PER_BYTE:
         raise ConfigError(f"2-bit packing needs a multiple of {CODES_PER_BYTE} output rows, this layer has {rows}.")
-    if codes.numel() and not bool(((codes >= -1) & (codes <= 1)).all()):
+    if codes.numel() and not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
         raise ValueError("codes outside {-1, 0, 1} do not fit two bits")
     shifted = (codes.to(torch.int16) + 1).to(torch.uint8).reshape(CODES_PER_BYTE, rows // CODES_PER_BYTE, -1)
     packed = shifted[0].clone()

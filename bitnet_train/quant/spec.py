@@ -30,7 +30,9 @@ class LayerQuant:
         if self.activation_bits not in (None, 8):
             raise ConfigError(f"quant.activation.bits is {self.activation_bits}; use 8, or null for float inputs.")
         if self.scheme != "ternary" and self.threshold != 0.5:
-            raise ConfigError(f"quant.weight.threshold only acts on ternary weights, not on '{self.scheme}': remove it.")
+            raise ConfigError(
+                f"quant.weight.threshold only acts on ternary weights, not on '{self.scheme}': remove it."
+            )
         if self.scheme == "float" and self.groups != 1:
             raise ConfigError("quant.weight.groups has no effect on float weights: remove it or choose another scheme.")
         if self.threshold <= 0:
@@ -87,8 +89,8 @@ def build_spec(cfg: QuantConfig) -> QuantSpec:
     float_weights = weight.scheme is WeightScheme.float
     if float_weights and cfg.activation.bits is not None:
         raise ConfigError(
-            f"quant.activation.bits={cfg.activation.bits} with float weights: activations are quantised only at the input "
-            "of quantised layers; use quant=none, or set quant.activation.bits=null."
+            f"quant.activation.bits={cfg.activation.bits} with float weights: activations are quantised only at the "
+            "input of quantised layers; use quant=none, or set quant.activation.bits=null."
         )
     default = LayerQuant(weight.scheme.value, weight.threshold, weight.groups, cfg.activation.bits)
     return QuantSpec(default, tuple((o.pattern, _overridden(default, o)) for o in cfg.overrides))
@@ -99,7 +101,8 @@ def _overridden(default: LayerQuant, override: OverrideConfig) -> LayerQuant:
     if scheme == "float":
         if override.threshold is not None or override.groups is not None or override.activation_bits:
             raise ConfigError(
-                f"quant.overrides: '{override.pattern}' is float, so threshold, groups and activation_bits do nothing there."
+                f"quant.overrides: '{override.pattern}' is float, so threshold, groups and activation_bits "
+                "do nothing there."
             )
         return FLOAT
     same_scheme = scheme == default.scheme

@@ -52,8 +52,13 @@ def _device(wanted: Accelerator) -> str:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16"))
+    """AVX512-BF16, AMX or Arm's BF16: elsewhere PyTorch emulates bf16, slower than float32."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+    else:  # torch 2.11 and before
+        probes = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+        capabilities = {name: getattr(torch.cpu, probe)() for name, probe in probes.items() if hasattr(torch.cpu, probe)}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
 def _worth_compiling(device: str, steps: int) -> tuple[bool, str]:

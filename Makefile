@@ -1,0 +1,43 @@
+# make demo: set everything up, train a ternary model, export it, verify the export, use it.
+# make test: the same set-up, then the tests.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test setup lint format clean
+
+demo: setup
+	$(BIN)/python -m bitnet_train +recipe=tiny
+	$(BIN)/python -m bitnet_train command=export run=runs/tiny
+	$(BIN)/python -m bitnet_train command=generate run=runs/tiny/export/hf-packed 'generate.prompt="import os\n\ndef "' generate.max_new_tokens=96
+	@echo
+	@echo "run:       runs/tiny (config.yaml, metrics.csv, samples.md, checkpoints/)"
+	@echo "export:    runs/tiny/export/hf-packed (load it with transformers.AutoModelForCausalLM)"
+	@echo "next:      $(BIN)/python -m bitnet_train --help"
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bitnet_train needs Python 3.11 or newer: make PYTHON=python3.11 demo")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

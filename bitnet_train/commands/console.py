@@ -1,0 +1,20 @@
+"""The console that commands print to."""
+
+from rich.console import Console
+from rich.table import Table
+
+# Columns of a table that is not printed to a terminal.
+TABLE_WIDTH = 140
+
+
+def make_console() -> Console:
+    """Long lines wrap in a terminal and stay whole elsewhere, where tables have room; numbers are not coloured."""
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    return console
+
+
+def print_table(console: Console, table: Table) -> None:
+    """A table whose cells wrap where it is wider than the console."""
+    console.print(table, soft_wrap=False)

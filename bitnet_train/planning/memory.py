@@ -1,0 +1,161 @@
+"""Memory of a training step by component, from the shapes alone.
+
+An estimate for eager execution with AdamW: it adds up what is alive when the backward pass begins, exactly as the
+modules save it, and leaves out the temporaries of a single operation, the allocator's slack and the CUDA context.
+``torch.compile`` fuses and recomputes, so it needs less. Activations are counted for the tokens of one micro-batch
+(micro_batch * sequence_length). With c the bytes of the compute type (bf16-mixed 2, 32-true 4; ``auto`` is counted as
+bf16-mixed) and r those of the residual type, per parameter and per token:
+
+=====================  ===============================================================================================
+component              bytes
+=====================  ===============================================================================================
+master weights         4 per parameter
+gradients              4 per parameter
+optimizer state        8 per parameter (two moments in float32)
+code buffers           1 per quantised parameter, 4 per quantised row
+compute-type copies    c per parameter of the head and of float linear layers, which autocast converts (0 in 32-true)
+quantised inputs       int8 codes, and 8 per token for scale and 1/rms: once for q, k, v, once for gate and up
+norm inputs            the residual before attention and FFN (r), the inner state before each sub-norm (c)
+float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state (per float layer)
+attention              rotated q and k, the v that lies inside the stacked q/k/v product, the output (all c), 4 per head
+FFN                    the stacked gate/up product, the activation and (relu2) its square (all c)
+head and loss          final state and normed state (float32), its copy (c), logits (c) and twice their float32 size
+=====================  ===============================================================================================
+
+A test holds the activations equal to what autograd really saves.
+"""
+
+from dataclasses import dataclass
+
+from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
+from bitnet_train.nn.layout import block_linears, quantised_layers
+from bitnet_train.planning.parameters import ParameterCounts, count_parameters
+from bitnet_train.quant.spec import LayerQuant, QuantSpec
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes by component; ``activations`` again by part."""
+
+    master_weights: int
+    gradients: int
+    optimizer_state: int
+    code_buffers: int
+    compute_copies: int
+    activations: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Sum of all components."""
+        fixed = self.master_weights + self.gradients + self.optimizer_state + self.code_buffers + self.compute_copies
+        return fixed + sum(self.activations.values())
+
+
+def compute_bytes(precision: str) -> int:
+    """Bytes of the compute type under ``trainer.precision``."""
+    return 4 if precision == "32-true" else 2
+
+
+def training_memory(
+    cfg: DecoderConfig, spec: QuantSpec, micro_batch: int, sequence_length: int, precision: str
+) -> TrainingMemory:
+    """Bytes that training needs; see the table above."""
+    counts = count_parameters(cfg, spec)
+    compute = compute_bytes(precision)
+    return TrainingMemory(
+        master_weights=FLOAT32 * counts.total,
+        gradients=FLOAT32 * counts.total,
+        optimizer_state=2 * FLOAT32 * counts.total,
+        code_buffers=_code_buffers(cfg, spec, counts),
+        compute_copies=_compute_copies(cfg, counts, compute),
+        activations=_activations(cfg, spec, micro_batch * sequence_length, compute),
+    )
+
+
+def _code_buffers(cfg: DecoderConfig, spec: QuantSpec, counts: ParameterCounts) -> int:
+    shapes = block_linears(cfg)
+    rows = sum(shapes[name.split(".", 2)[2]][0] for name in quantised_layers(cfg, spec))
+    return counts.quantised + FLOAT32 * rows
+
+
+def _compute_copies(cfg: DecoderConfig, counts: ParameterCounts, compute: int) -> int:
+    return 0 if compute == FLOAT32 else compute * (cfg.vocab * cfg.hidden + counts.linear.get("float", 0))
+
+
+def _activations(cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int) -> dict[str, int]:
+    parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0, "attention": 0, "FFN": 0}
+    for layer in range(cfg.layers):
+        for part, size in _block_per_token(cfg, spec, layer, compute).items():
+            parts[part] += tokens * size
+    # The final norm keeps its input and its normed state, then the head its own input; the loss holds the logits, their
+    # float32 copy and the log-probabilities together.
+    residual = _residual_bytes(cfg)
+    state = cfg.hidden * (FLOAT32 + FLOAT32 + (compute if compute != FLOAT32 or residual != FLOAT32 else FLOAT32))
+    parts["head and loss"] = tokens * (state + FLOAT32 + cfg.vocab * (compute + 2 * FLOAT32))
+    return parts
+
+
+def _residual_bytes(cfg: DecoderConfig) -> int:
+    return FLOAT32 if cfg.residual_dtype is ResidualDtype.float32 else 2
+
+
+def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: int) -> dict[str, int]:
+    """Bytes per token that one block saves for the backward pass."""
+    outs = {name: out for name, (out, _) in block_linears(cfg).items()}
+    quants = {name: spec.for_layer(f"layers.{layer}.{name}") for name in outs}
+    residual, sub_normed = _residual_bytes(cfg), cfg.norms is Norms.pre_sub
+    q, k, v, o = (f"self_attn.{p}_proj" for p in "qkvo")
+    gate, up, down = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
+    parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0}
+    # (layers that share the input, its width, bytes of its type, norm before it, is it kept by something else already)
+    for names, width, size, normed, kept in (
+        ((q, k, v), cfg.hidden, residual, True, False),
+        ((o,), cfg.hidden, compute, sub_normed, True),
+        ((gate, up), cfg.hidden, residual, True, False),
+        ((down,), cfg.ffn, compute, sub_normed, False),
+    ):
+        for part, extra in _input_per_token([quants[n] for n in names], width, size, normed, kept, compute).items():
+            parts[part] += extra
+    # What the stacked product of several layers is kept by: v for attention, up (and gate under silu) for the FFN.
+    values = _stack(quants, outs, v, (q, k, v))
+    parts["attention"] = compute * (outs[q] + outs[k] + values + cfg.hidden) + FLOAT32 * cfg.heads
+    inner = _stack(quants, outs, up, (gate, up)) + cfg.ffn  # the activation's result
+    if cfg.activation is Activation.relu2:
+        inner += cfg.ffn  # and its square
+    elif not _same_stack(quants[gate], quants[up]):
+        inner += _stack(quants, outs, gate, (gate, up))  # silu keeps its input
+    parts["FFN"] = compute * inner
+    return parts
+
+
+def _input_per_token(
+    quants: list[LayerQuant], width: int, size: int, normed: bool, kept: bool, compute: int
+) -> dict[str, int]:
+    """What the layers reading one input save of it, bytes per token."""
+    bits = {quant.activation_bits for quant in quants if quant.quantised}
+    # Every float layer norms for itself; weight-only layers share one norm.
+    floats = sum(not quant.quantised for quant in quants)
+    wide = floats + (None in bits)
+    codes = width + FLOAT32 * (2 if normed else 1) if 8 in bits else 0
+    # The float32 input itself: once for all that keep it; a narrower one is kept as it is by the quantiser's norm, and
+    # once more as float32 by every norm outside the quantiser.
+    inputs = size * width if normed and not kept and (8 in bits or size == FLOAT32) else 0
+    if not normed:
+        inputs_wide = 0 if kept or not wide else compute * width
+    else:
+        per_layer = FLOAT32 + FLOAT32 * width + compute * width + (FLOAT32 * width if size != FLOAT32 else 0)
+        inputs_wide = wide * per_layer
+    return {"quantised inputs": codes, "norm inputs": inputs, "float layers' inputs": inputs_wide}
+
+
+def _same_stack(one: LayerQuant, other: LayerQuant) -> bool:
+    return one.quantised and other.quantised and one.activation_bits == other.activation_bits
+
+
+def _stack(quants: dict[str, LayerQuant], outs: dict[str, int], name: str, group: tuple[str, ...]) -> int:
+    """Width of the product that the output of ``name`` is a part of."""
+    if not quants[name].quantised:
+        return outs[name]
+    return sum(outs[other] for other in group if _same_stack(quants[name], quants[other]))

@@ -1,0 +1,44 @@
+"""Parameters by kind, from the layout alone: no weight is allocated."""
+
+from dataclasses import dataclass
+
+from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.layout import Role, parameter_table
+from bitnet_train.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements by kind; ``linear`` maps each weight scheme in use to its share of the blocks' linear layers."""
+
+    embedding: int
+    head: int
+    norms: int
+    linear: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parameters; a tied head counts once, as the embedding."""
+        return self.embedding + self.head + self.norms + sum(self.linear.values())
+
+    @property
+    def quantised(self) -> int:
+        """Parameters that become codes."""
+        return sum(count for scheme, count in self.linear.items() if scheme != "float")
+
+    @property
+    def quantised_share(self) -> float:
+        """Share of all parameters that become codes."""
+        return self.quantised / self.total
+
+
+def count_parameters(cfg: DecoderConfig, spec: QuantSpec) -> ParameterCounts:
+    """Count the parameters of the decoder that ``cfg`` and ``spec`` describe."""
+    roles = dict.fromkeys(Role, 0)
+    linear: dict[str, int] = {}
+    for parameter in parameter_table(cfg):
+        roles[parameter.role] += parameter.size
+        if parameter.role is Role.linear:
+            scheme = spec.for_layer(parameter.layer_name).scheme
+            linear[scheme] = linear.get(scheme, 0) + parameter.size
+    return ParameterCounts(roles[Role.embedding], roles[Role.head], roles[Role.norm], linear)

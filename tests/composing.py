@@ -1,0 +1,41 @@
+"""Composes configurations as the command line does, without running anything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from bitnet_train.config import Config, to_config
+from bitnet_train.recipes import config_folder, register, settle
+
+CATALOGUE = register(None)
+RECIPES = CATALOGUE.recipes
+
+
+def compose_config(*overrides: str) -> Config:
+    """The validated configuration of these overrides."""
+    settle(CATALOGUE, {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)})
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder("conf"))):
+        return to_config(compose("config", overrides=list(overrides)))
+
+
+@contextmanager
+def fresh_recipes() -> Iterator[None]:
+    """Whatever recipes are registered inside are forgotten afterwards (Hydra's store is one per process)."""
+    store = ConfigStore.instance()
+    before = dict(store.repo["recipe"])
+    try:
+        yield
+    finally:
+        store.repo["recipe"] = before
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write ``name="text"`` as ``folder/name.yaml``; ``a__b`` is ``folder/a/b.yaml``."""
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder

@@ -1,0 +1,232 @@
+"""Verification with the real transformers: right exports pass, every planted fault is rejected."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bitnet_train.errors import ConfigError, VerificationError
+from bitnet_train.export import verify
+from bitnet_train.export.config import ExportDtype
+from tests.export.conftest import KINDS, SmallRun, edit_json, edit_tensors
+
+pytest.importorskip("transformers")
+Make = Callable[[str], SmallRun]
+
+PIECES = {
+    "linears fed our inputs", "RMSNorms fed our inputs", "RMSNorms fed quiet inputs", "attention fed our q, k, v",
+    "FFN gating fed our inputs", "rotary positions",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(ExportDtype))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_right_export_passes(kind: str, dtype: ExportDtype, small_run: Make, tmp_path: Path) -> None:
+    run = small_run(kind)
+    folder = run.write(tmp_path / "export", dtype)
+    report = run.verify(folder)
+    assert not report.failed
+    report.raise_if_failed()
+    names = {check.name for check in report.checks}
+    assert names >= PIECES | {"codes", "scales", "unquantised tensors", "held-out perplexity", "text generated"}
+    scales = next(check for check in report.checks if check.name == "scales")
+    assert ("rounded to bfloat16" in scales.measured) == (dtype is ExportDtype.bfloat16)
+    assert report.sample.startswith("def ")
+    saved = json.loads((folder / "verification.json").read_text())
+    assert saved["passed"] is True
+    assert saved["step"] == 7
+    assert len(saved["checks"]) == len(report.checks)
+
+
+@pytest.fixture(scope="module")
+def exported(small_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[SmallRun, Path]]:
+    """A run of a kind and its export, written once."""
+    made: dict[str, tuple[SmallRun, Path]] = {}
+
+    def get(kind: str) -> tuple[SmallRun, Path]:
+        if kind not in made:
+            run = small_run(kind)
+            made[kind] = (run, run.write(tmp_path_factory.mktemp("export") / "hf-packed"))
+        return made[kind]
+
+    return get
+
+
+def config_fault(*path: str, value: Any, file: str = "config.json") -> Callable[[Path], None]:
+    def edit(config: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            config = config[key]
+        assert config[path[-1]] != value
+        config[path[-1]] = value
+
+    return lambda folder: edit_json(folder / file, edit)
+
+
+def tensor_fault(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder, change)
+
+
+def swap(first: str, second: str) -> Callable[[Path], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if f".{first}." in name]:
+            other = name.replace(first, second)
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    return tensor_fault(change)
+
+
+def invert_scales(where: str) -> Callable[[Path], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("weight_scale") and where in name:
+                tensor.reciprocal_()
+
+    return tensor_fault(change)
+
+
+def flip_one_code(tensors: dict[str, Tensor]) -> None:
+    packed = tensors["model.layers.1.mlp.down_proj.weight"]
+    code = int(packed[2, 3]) & 3
+    packed[2, 3] += 1 if code < 2 else -1
+
+
+def nudge(name: str) -> Callable[[Path], None]:
+    return tensor_fault(lambda tensors: tensors[name].view(-1)[:4].mul_(1.001))
+
+
+def swap_merges(folder: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        merges = content["model"]["merges"]
+        merges[-1], merges[-2] = merges[-2], merges[-1]
+
+    edit_json(folder / "tokenizer.json", edit)
+
+
+def drop_merges(folder: Path) -> None:
+    edit_json(folder / "tokenizer.json", lambda content: content["model"]["merges"].clear())
+
+
+def no_bos(folder: Path) -> None:
+    edit_json(folder / "tokenizer.json", lambda content: content.update(post_processor=None))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+# name -> (kind of model, fault, a check that must fail)
+FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "norm eps": ("2b4t", config_fault("rms_norm_eps", value=1e-6), "RMSNorms fed quiet inputs"),
+    "norm eps, llama": ("llama", config_fault("rms_norm_eps", value=1e-6), "RMSNorms fed quiet inputs"),
+    "all scales inverted": ("2b4t", invert_scales(""), "linears fed our inputs"),
+    "one scale inverted": ("2b4t", invert_scales("layers.1.mlp.up_proj"), "linears fed our inputs"),
+    "one scale inverted, llama": ("llama", invert_scales("layers.0.self_attn.o_proj"), "scales"),
+    "q and k swapped": ("2b4t", swap("q_proj", "k_proj"), "codes"),
+    "q and k swapped, other shapes": ("gqa untied", swap("q_proj", "k_proj"), "loads"),
+    "k and v swapped": ("gqa untied", swap("k_proj", "v_proj"), "linears fed our inputs"),
+    "gate and up swapped": ("silu", swap("gate_proj", "up_proj"), "codes"),
+    "norms swapped": ("2b4t", swap("input_layernorm", "post_attention_layernorm"), "RMSNorms fed our inputs"),
+    "one code": ("2b4t", tensor_fault(flip_one_code), "codes"),
+    "rope theta": ("2b4t", config_fault("rope_parameters", "rope_theta", value=10000.0), "attention fed our q, k, v"),
+    "rope theta of version 4": ("2b4t", config_fault("rope_theta", value=10000.0), "config: rope_theta"),
+    "rope type": (
+        "2b4t",
+        config_fault("rope_parameters", value={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}),
+        "rotary positions",
+    ),
+    "activation": ("2b4t", config_fault("hidden_act", value="silu"), "FFN gating fed our inputs"),
+    "activation, llama": ("llama", config_fault("hidden_act", value="gelu"), "FFN gating fed our inputs"),
+    "eos id": ("2b4t", config_fault("eos_token_id", value=5), "config: eos_token_id"),
+    "eos id of generation": (
+        "2b4t",
+        config_fault("eos_token_id", value=5, file="generation_config.json"),
+        "config: generation.eos_token_id",
+    ),
+    "bos token": (
+        "2b4t",
+        config_fault("bos_token", value="a", file="tokenizer_config.json"),
+        "config: tokenizer.bos_token_id",
+    ),
+    "context": ("2b4t", config_fault("max_position_embeddings", value=64), "config: max_position_embeddings"),
+    "heads": ("2b4t", config_fault("num_attention_heads", value=2), "config: num_attention_heads"),
+    "kv heads": ("2b4t", config_fault("num_key_value_heads", value=2), "loads"),
+    "untied": ("2b4t", config_fault("tie_word_embeddings", value=False), "loads"),
+    "vocabulary": ("2b4t", config_fault("vocab_size", value=400), "loads"),
+    "scale convention": (
+        "2b4t",
+        config_fault("quantization_config", "linear_class", value="bitlinear"),
+        "linears fed our inputs",
+    ),
+    "online": ("2b4t", config_fault("quantization_config", "quantization_mode", value="online"), "loads"),
+    "extra norm": ("2b4t", config_fault("quantization_config", "use_rms_norm", value=True), "loads"),
+    "architecture": ("2b4t", config_fault("model_type", value="llama"), "loads"),
+    "claims bfloat16": ("2b4t", config_fault("dtype", value="bfloat16"), "generation"),
+    "embedding row": ("2b4t", nudge("model.embed_tokens.weight"), "unquantised tensors"),
+    "head": ("gqa untied", nudge("lm_head.weight"), "unquantised tensors"),
+    "float layer": ("mixed", nudge("model.layers.1.mlp.up_proj.weight"), "linears fed our inputs"),
+    "final norm": ("2b4t", nudge("model.norm.weight"), "RMSNorms fed our inputs"),
+    "last merges swapped": ("2b4t", swap_merges, "tokenizer definition"),
+    "no merges": ("2b4t", drop_merges, "token ids of held-out text"),
+    "no bos added": ("2b4t", no_bos, "special tokens added"),
+    "missing tensor": ("2b4t", tensor_fault(lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale")), "loads"),
+    "unknown tensor": ("2b4t", tensor_fault(lambda t: t.update(extra=torch.ones(1))), "loads"),
+    "truncated weights": ("2b4t", truncate, "loads"),
+    "no tokenizer": ("2b4t", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "broken config": ("2b4t", lambda folder: (folder / "config.json").write_text("{"), "config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_rejected(
+    fault: str, exported: Callable[[str], tuple[SmallRun, Path]], tmp_path: Path
+) -> None:
+    kind, plant, check = FAULTS[fault]
+    run, original = exported(kind)
+    folder = tmp_path / "hf-packed"
+    shutil.copytree(original, folder)
+    plant(folder)
+    report = run.verify(folder)
+    failed = {row.name for row in report.failed}
+    assert check in failed, failed
+    with pytest.raises(VerificationError) as caught:
+        report.raise_if_failed()
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+    assert any(name in str(caught.value) for name in failed)
+    assert json.loads((folder / "verification.json").read_text())["passed"] is False
+
+
+def test_the_table_shows_failures_and_folds_the_fields(
+    exported: Callable[[str], tuple[SmallRun, Path]], tmp_path: Path
+) -> None:
+    run, original = exported("2b4t")
+    folder = tmp_path / "hf-packed"
+    shutil.copytree(original, folder)
+    config_fault("rms_norm_eps", value=1e-6)(folder)
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(run.verify(folder).table())
+    text = console.export_text()
+    assert "config: rms_norm_eps" in text
+    assert "FAILED" in text
+    assert "config: hidden_size" not in text
+    assert "fields equal" in text
+
+
+@pytest.mark.parametrize("missing", ["transformers", "accelerate"])
+def test_without_transformers_the_installation_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(ConfigError, match=rf'{missing} is not installed: pip install "bitnet-train\[export\]"'):
+        verify.import_transformers()
+
+
+def test_a_folder_that_does_not_exist(small_run: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="export first"):
+        small_run("2b4t").verify(tmp_path / "none")

@@ -1,0 +1,77 @@
+"""Which backend is taken, and what is said about it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bitnet_train.errors import ConfigError
+from bitnet_train.kernels import op  # noqa: F401  (registers the backends)
+from bitnet_train.kernels.backend import BACKENDS, choose_backend, register_backend
+from bitnet_train.kernels.cpu import CpuBackend
+from bitnet_train.kernels.reference import ReferenceBackend
+
+
+class Picky(ReferenceBackend):
+    name = "picky"
+
+    def __init__(self, obstacle: str | None) -> None:
+        self.obstacle = obstacle
+
+    def unsupported(self, device: torch.device) -> str | None:
+        return self.obstacle
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    before = dict(BACKENDS)
+    yield BACKENDS
+    BACKENDS.clear()
+    BACKENDS.update(before)
+
+
+def test_the_cpu_takes_the_int8_backend() -> None:
+    choice = choose_backend("cpu")
+    assert isinstance(choice.backend, CpuBackend)
+    assert choice.reason == "the fastest for cpu"
+
+
+def test_a_device_without_kernels_takes_the_reference_and_says_why() -> None:
+    choice = choose_backend("mps")
+    assert type(choice.backend) is ReferenceBackend
+    assert "cpu: it needs a CPU, not mps" in choice.reason
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_a_named_backend_is_taken(name: str) -> None:
+    choice = choose_backend(torch.device("cpu"), name)
+    assert choice.backend.name == name
+    assert "kernels.backend" in choice.reason
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(
+        ConfigError, match=r"kernels\.backend=referense does not exist.*auto, .*Did you mean 'reference'\?"
+    ):
+        choose_backend("cpu", "referense")
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match=r"kernels\.backend=cpu cannot run here: it needs a CPU, not cuda"):
+        choose_backend("cuda", "cpu")
+
+
+def test_the_last_registered_backend_that_can_run_is_preferred(registry: dict) -> None:
+    register_backend(Picky(None))
+    assert choose_backend("cpu").backend.name == "picky"
+    register_backend(Picky("no such chip"))
+    choice = choose_backend("cpu")
+    assert choice.backend.name == "cpu"
+    assert choice.reason == "picky: no such chip"
+
+
+def test_no_backend_at_all_is_one_clear_error(registry: dict) -> None:
+    registry.clear()
+    register_backend(Picky("broken"))
+    with pytest.raises(ConfigError, match="no kernel backend can run on cpu: picky: broken"):
+        choose_backend("cpu")

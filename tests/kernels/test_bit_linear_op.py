@@ -1,0 +1,416 @@
+"""The public op under every backend: integers in the forward, the straight-through formula in the backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet_train.kernels.backend import BACKENDS, Backend
+from bitnet_train.kernels.op import bit_linear, compute_dtype, float_linear
+from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
+from bitnet_train.quant.spec import LayerQuant
+from bitnet_train.quant.weights import Codes, quantise_weight
+
+CPU = torch.device("cpu")
+NAMES = [name for name, backend in BACKENDS.items() if backend.unsupported(CPU) is None]
+SHAPES = [
+    (1, 1, 1),
+    (1, 3, 17),
+    (3, 17, 1),
+    (17, 1, 3),
+    (3, 3, 3),
+    (7, 13, 19),
+    (32, 64, 48),
+    (5, 257, 31),
+    (33, 130, 127),
+]
+EPS = 1e-5
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of very different sizes, as activations have."""
+    x = torch.randn(*shape)
+    return (x * torch.logspace(-2, 2, x[..., 0].numel()).reshape(*shape[:-1], 1)).to(dtype)
+
+
+def oracle(x: Tensor, codes: Codes, norm: Tensor | None = None, eps: float = EPS) -> Tensor:
+    """``(codes_x @ codes_w.T) * scale_x * scale_w`` with the product in 64-bit integers, float32 (M, N)."""
+    tokens = quantise_tokens(x if norm is None else rms_norm(x, norm, eps)[0])
+    product = tokens.codes.long() @ codes.codes.long().t()
+    return product.float() * tokens.scale * codes.row_scale()
+
+
+def through(value: Tensor, quantised: Tensor) -> Tensor:
+    """Straight-through: the value of ``quantised``, the gradient of ``value``."""
+    return value + (quantised.to(value.dtype) - value).detach()
+
+
+def textbook(x: Tensor, weight: Tensor, layer: LayerQuant, norm: Tensor | None) -> Tensor:
+    """Fake-quantised linear layer as papers write it, in the type of the arguments; autograd does the backward."""
+    if norm is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * norm
+    if layer.activation_bits:
+        x = through(x, quantise_tokens(x.detach()).dequantise())
+    return F.linear(x, through(weight, quantise_weight(weight.float(), layer).dequantise()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_is_the_integer_product_bit_for_bit(
+    backend: Backend, shape: tuple[int, int, int], normed: bool, dtype: torch.dtype
+) -> None:
+    m, k, n = shape
+    x, weight = random_input(m, k, dtype=dtype), torch.randn(n, k)
+    norm = torch.rand(k) + 0.5 if normed else None
+    for layer in (LayerQuant(), LayerQuant("binary", groups="row")):
+        codes = quantise_weight(weight, layer)
+        for out_dtype in (torch.float32, torch.bfloat16):
+            y = bit_linear(x, codes.codes, codes.row_scale(), [weight], norm_weight=norm, norm_eps=EPS,
+                           out_dtype=out_dtype, backend=backend)  # fmt: skip
+            assert y.dtype is out_dtype
+            assert torch.equal(y, oracle(x, codes, norm).to(out_dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    "layer", [LayerQuant(), LayerQuant("binary"), LayerQuant(groups="row"), LayerQuant(activation_bits=None)]
+)
+def test_gradients_are_autograds_through_the_textbook_formula(
+    backend: Backend, shape: tuple[int, int, int], normed: bool, layer: LayerQuant
+) -> None:
+    m, k, n = shape
+    inputs = [random_input(m, k), torch.randn(n, k) * 0.3] + ([torch.rand(k) + 0.5] if normed else [])
+    mine = [t.clone().requires_grad_() for t in inputs]
+    theirs = [t.double().requires_grad_() for t in inputs]
+    grad = torch.randn(m, n)
+    codes = quantise_weight(mine[1], layer)
+    y = bit_linear(mine[0], codes.codes, codes.row_scale(), [mine[1]], norm_weight=mine[2] if normed else None,
+                   norm_eps=EPS, activation_bits=layer.activation_bits, backend=backend)  # fmt: skip
+    expected = textbook(theirs[0], theirs[1], layer, theirs[2] if normed else None)
+    if not normed:  # a norm in float64 may round to another code
+        assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    y.backward(grad)
+    expected.backward(grad.double())
+    for got, wanted in zip(mine, theirs, strict=True):
+        assert got.grad is not None
+        assert wanted.grad is not None
+        assert got.grad.dtype is got.dtype
+        # a code that the float64 norm rounds the other way moves one term of dW by one step
+        slack = 2e-3 if normed and got is mine[1] else 2e-5
+        row_size = wanted.grad.abs().amax(-1, keepdim=True)
+        if normed and got is mine[0]:  # the norm's backward takes a difference of terms of this size
+            row_size = row_size + k**0.5 / inputs[0].norm(dim=-1, keepdim=True)
+        assert bool(((got.grad.double() - wanted.grad).abs() <= slack * row_size + 1e-9).all())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("bits", [8, None])
+def test_bf16_gradients_are_within_bf16_rounding(backend: Backend, normed: bool, bits: int | None) -> None:
+    layer = LayerQuant(activation_bits=bits)
+    inputs = [random_input(40, 96), torch.randn(64, 96) * 0.3] + ([torch.rand(96) + 0.5] if normed else [])
+    mine = [t.clone().requires_grad_() for t in inputs]
+    theirs = [t.double().requires_grad_() for t in inputs]
+    codes = quantise_weight(mine[1], layer)
+    grad = torch.randn(40, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bit_linear(mine[0], codes.codes, codes.row_scale(), [mine[1]], norm_weight=mine[2] if normed else None,
+                       norm_eps=EPS, activation_bits=bits, backend=backend)  # fmt: skip
+    assert y.dtype is torch.bfloat16
+    y.backward(grad.bfloat16())
+    textbook(*theirs[:2], layer, theirs[2] if normed else None).backward(grad.double())
+    for got, wanted in zip(mine, theirs, strict=True):
+        assert got.grad is not None
+        assert wanted.grad is not None
+        assert got.grad.dtype is torch.float32
+        noise = (got.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert noise < 0.01  # 40 dB; bf16 rounding of both operands is about 50 dB
+
+
+def test_backends_agree_on_gradients(backend: Backend) -> None:
+    x, weight, norm, grad = random_input(33, 70), torch.randn(45, 70), torch.rand(70), torch.randn(33, 45)
+    codes = quantise_weight(weight, LayerQuant())
+    results = []
+    for chosen in (backend, BACKENDS["reference"]):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, norm)]
+        y = bit_linear(leaves[0], codes.codes, codes.row_scale(), [leaves[1]], norm_weight=leaves[2], norm_eps=EPS,
+                       backend=chosen)  # fmt: skip
+        y.backward(grad)
+        results.append([leaf.grad for leaf in leaves])
+    for got, wanted in zip(*results, strict=True):
+        assert got is not None
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+def test_row_scales_go_into_the_gradient(backend: Backend) -> None:
+    # One layer of 1 and one of 100 times its size, stacked: dX must weigh the second 100 times.
+    x = torch.randn(4, 6, requires_grad=True)
+    codes = torch.ones(2, 6, dtype=torch.int8)
+    for out_row, scale in ((0, 1.0), (1, 100.0)):
+        (grad,) = torch.autograd.grad(
+            bit_linear(x, codes, torch.tensor([1.0, 100.0]), [None], backend=backend)[:, out_row].sum(), x
+        )
+        assert torch.equal(grad, torch.full((4, 6), scale))
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5), (2, 1, 5), (0,), (3, 0)])
+def test_any_number_of_leading_dimensions(backend: Backend, leading: tuple[int, ...]) -> None:
+    x, weight = torch.randn(*leading, 12, requires_grad=True), torch.randn(7, 12, requires_grad=True)
+    codes = quantise_weight(weight, LayerQuant())
+    for bits in (8, None):
+        y = bit_linear(x, codes.codes, codes.row_scale(), [weight], activation_bits=bits, backend=backend)
+        assert y.shape == (*leading, 7)
+        flat = bit_linear(
+            x.reshape(-1, 12), codes.codes, codes.row_scale(), [weight], activation_bits=bits, backend=backend
+        )
+        assert torch.equal(y.reshape(-1, 7), flat)
+        grad_x, grad_w = torch.autograd.grad(y.sum(), (x, weight))
+        assert grad_x.shape == x.shape
+        assert grad_w.shape == weight.shape
+
+
+def test_strides_of_input_gradient_and_codes_do_not_matter(backend: Backend) -> None:
+    weight = torch.randn(10, 12)
+    codes = quantise_weight(weight, LayerQuant())
+    base, grad_base = torch.randn(12, 6, 4), torch.randn(10, 4, 6)
+    results = []
+    for dense in (False, True):
+        x, grad = base.permute(2, 1, 0), grad_base.permute(1, 2, 0)
+        w_codes = codes.codes.t().contiguous().t()
+        if dense:
+            x, grad, w_codes = x.contiguous(), grad.contiguous(), w_codes.contiguous()
+        x = x.detach().requires_grad_()
+        w = weight.clone().requires_grad_()
+        assert x.is_contiguous() is dense
+        y = bit_linear(x, w_codes, codes.row_scale(), [w], backend=backend)
+        results.append((y, *torch.autograd.grad(y, (x, w), grad)))
+    for strided, contiguous in zip(*results, strict=True):
+        assert torch.allclose(strided, contiguous, rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+    expanded = torch.randn(3).requires_grad_()
+    y = bit_linear(expanded[:, None].expand(3, 12), codes.codes, codes.row_scale(), [weight], backend=backend)
+    y.sum().backward()  # the gradient of a sum is an expanded, stride-0 tensor
+    assert expanded.grad is not None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_token_gives_a_nan_row_and_leaves_the_others(
+    backend: Backend, bad: float, normed: bool, out_dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(6, 35), torch.randn(9, 35)
+    norm = torch.rand(35) + 0.5 if normed else None
+    codes = quantise_weight(weight, LayerQuant())
+    settings = {"norm_weight": norm, "norm_eps": EPS, "out_dtype": out_dtype, "backend": backend}
+    clean = bit_linear(x, codes.codes, codes.row_scale(), [weight], **settings)  # type: ignore[arg-type]
+    x[2, 0], x[4, 34] = bad, bad
+    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], **settings)  # type: ignore[arg-type]
+    assert bool(y[[2, 4]].isnan().all())
+    assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+def test_bad_weights_give_bad_outputs(backend: Backend) -> None:
+    weight = torch.randn(8, 16)
+    weight[5, 3] = float("nan")
+    codes = quantise_weight(weight, LayerQuant(groups=4))
+    y = bit_linear(torch.randn(3, 16), codes.codes, codes.row_scale(), [weight], backend=backend)
+    assert bool(y[:, 4:6].isnan().all())
+    assert bool(torch.isfinite(y[:, [0, 1, 2, 3, 6, 7]]).all())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_zero_tokens_give_zeros_and_finite_gradients(backend: Backend, normed: bool) -> None:
+    x, weight = torch.zeros(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    norm = torch.ones(8, requires_grad=True)
+    codes = quantise_weight(weight, LayerQuant())
+    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], norm_weight=norm if normed else None, norm_eps=EPS,
+                   backend=backend)  # fmt: skip
+    assert torch.equal(y, torch.zeros(3, 4))
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool(torch.isfinite(x.grad).all())
+    assert int(x.grad.abs().sum() > 0) == 1  # nothing is masked
+
+
+def test_small_tokens_are_not_shrunk(backend: Backend) -> None:
+    weight = torch.ones(2, 4)
+    codes = quantise_weight(weight, LayerQuant())
+    for size in (1e-3, 1e-4, 1e-5):
+        y = bit_linear(torch.full((1, 4), size), codes.codes, codes.row_scale(), [weight], backend=backend)
+        assert torch.allclose(y, torch.full((1, 2), 4 * size), rtol=1e-5, atol=0)
+
+
+def test_autocast_does_not_round_the_integers(backend: Backend) -> None:
+    # 127 * 501 needs 16 bits, bf16 has 8.
+    codes = torch.ones(3, 501, dtype=torch.int8)
+    x = torch.full((2, 501), 127.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bit_linear(x, codes, torch.ones(3), [None], out_dtype=torch.float32, backend=backend)
+        assert bit_linear(x, codes, torch.ones(3), [None], backend=backend).dtype is torch.bfloat16
+        rounded = bit_linear(x, codes, torch.ones(3), [None], backend=backend)
+    assert torch.equal(y, torch.full((2, 3), 127.0 * 501))
+    assert torch.equal(rounded, y.bfloat16())
+
+
+def test_norm_and_quantiser_are_one_float32_operation(backend: Backend) -> None:
+    # Rounding the norm's result to bf16 in between changes 5-6 % of the codes.
+    x, norm = torch.randn(64, 128).bfloat16(), torch.rand(128) + 0.5
+    identity = torch.eye(128, dtype=torch.int8)
+    scale = quantise_tokens(rms_norm(x, norm, EPS)[0]).scale
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bit_linear(x, identity, torch.ones(128), [None], norm_weight=norm, norm_eps=EPS, out_dtype=torch.float32,
+                       backend=backend)  # fmt: skip
+    assert torch.equal(y, quantise_tokens(rms_norm(x, norm, EPS)[0]).dequantise())
+    between = quantise_tokens(rms_norm(x, norm, EPS)[0].bfloat16()).codes
+    assert (between != torch.round(y / scale).to(torch.int8)).float().mean() > 0.01  # so the test can tell
+
+
+def test_the_widest_exact_product_is_exact_and_wider_ones_are_refused(backend: Backend) -> None:
+    k = 131071
+    codes = torch.ones(2, k, dtype=torch.int8)
+    codes[1, ::2] = -1
+    x = torch.full((2, k), -3.0)
+    y = bit_linear(x * 0 + 127.0, codes, torch.ones(2), [None], backend=backend)
+    assert y.tolist() == [[127.0 * k, -127.0]] * 2
+    lowest = TokenCodes(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1))
+    assert backend.matmul(lowest, codes[:1], torch.ones(1), torch.float32).item() == -128 * k
+    with pytest.raises(ValueError, match="131,071"):
+        bit_linear(torch.ones(2, k + 1), torch.ones(2, k + 1, dtype=torch.int8), torch.ones(2), [None], backend=backend)
+
+
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("learning", ["xwn", "x", "w", "n", "xw", "wn", "xn", ""])
+def test_only_what_learns_gets_a_gradient_and_it_is_the_same(backend: Backend, bits: int | None, learning: str) -> None:
+    x, weight, norm, grad = torch.randn(5, 12), torch.randn(6, 12), torch.rand(12) + 0.5, torch.randn(5, 6)
+    codes = quantise_weight(weight, LayerQuant())
+
+    def run(wanted: str) -> tuple[Tensor, dict[str, Tensor | None]]:
+        leaves = {
+            name: t.clone().requires_grad_(name in wanted) for name, t in zip("xwn", (x, weight, norm), strict=True)
+        }
+        y = bit_linear(leaves["x"], codes.codes, codes.row_scale(), [leaves["w"]], norm_weight=leaves["n"],
+                       norm_eps=EPS, activation_bits=bits, backend=backend)  # fmt: skip
+        assert y.requires_grad is bool(wanted)
+        if wanted:
+            y.backward(grad)
+        return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+    y_all, grads_all = run("xwn")
+    y, grads = run(learning)
+    assert torch.equal(y, y_all)
+    for name in "xwn":
+        if name in learning:
+            assert torch.allclose(grads[name], grads_all[name])  # type: ignore[arg-type]
+        else:
+            assert grads[name] is None
+
+
+def test_stacked_masters_get_their_own_rows_of_the_gradient_in_their_type(backend: Backend) -> None:
+    x = torch.randn(9, 12)
+    rows, dtypes = (3, 1, 5), (torch.float32, torch.bfloat16, torch.float32)
+    masters = [
+        torch.randn(r, 12).to(d).requires_grad_(i != 2) for i, (r, d) in enumerate(zip(rows, dtypes, strict=True))
+    ]
+    quantised = [quantise_weight(m, LayerQuant()) for m in masters]
+    y = bit_linear(x, torch.cat([q.codes for q in quantised]), torch.cat([q.row_scale() for q in quantised]), masters,
+                   backend=backend)  # fmt: skip
+    grad = torch.randn(9, 9)
+    y.backward(grad)
+    expected = grad.t() @ quantise_tokens(x).dequantise()
+    for master, part in zip(masters, expected.split(rows), strict=True):
+        if master.requires_grad:
+            assert master.grad is not None
+            assert master.grad.dtype is master.dtype
+            assert torch.allclose(
+                master.grad.float(), part, rtol=1e-2 if master.dtype is torch.bfloat16 else 1e-5, atol=1e-3
+            )
+    assert masters[2].grad is None
+
+
+def test_the_masters_are_not_read(backend: Backend) -> None:
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    codes = quantise_weight(weight, LayerQuant())
+    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend)
+    other = bit_linear(x, codes.codes, codes.row_scale(), [torch.full_like(weight, float("nan"))], backend=backend)
+    assert torch.equal(y, other)
+    assert torch.equal(y, bit_linear(x, codes.codes, codes.row_scale(), [None], backend=backend))
+
+
+def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    codes = quantise_weight(weight, LayerQuant())
+    with torch.no_grad():
+        y = bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend)
+    assert y.grad_fn is None
+    with torch.inference_mode():
+        assert torch.equal(bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend), y)
+
+
+def test_the_backward_keeps_int8_codes_and_no_float_copy_of_the_input(backend: Backend) -> None:
+    saved: list[Tensor] = []
+    x, weight = torch.randn(64, 96, requires_grad=True), torch.randn(32, 96, requires_grad=True)
+    codes = quantise_weight(weight, LayerQuant())
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend)
+    assert saved
+    assert all(not t.is_floating_point() or t.numel() <= 64 for t in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layer", [LayerQuant(activation_bits=None), LayerQuant("binary", groups=3, activation_bits=None)]
+)
+def test_float_inputs_meet_the_dequantised_weights(backend: Backend, dtype: torch.dtype, layer: LayerQuant) -> None:
+    x, weight = random_input(10, 33, dtype=dtype), torch.randn(6, 33)
+    codes = quantise_weight(weight, layer)
+    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], activation_bits=None, backend=backend)
+    expected = F.linear(x.float(), codes.dequantise())
+    assert y.dtype is dtype
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    assert bool(((y.float() - expected).abs() <= tolerance * x.float().abs().sum(-1, keepdim=True)).all())
+
+
+def test_the_result_type_is_autocasts_or_the_inputs() -> None:
+    x = torch.randn(2, 4)
+    assert compute_dtype(x) is torch.float32
+    assert compute_dtype(x.half()) is torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(x) is torch.bfloat16
+
+
+def test_the_float_counterpart_is_linear_after_norm() -> None:
+    x, weight, bias, norm = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5), torch.rand(8)
+    assert torch.equal(float_linear(x, weight, bias, None, 0.0), F.linear(x, weight, bias))
+    expected = F.linear(F.rms_norm(x, (8,), norm, EPS), weight, bias)
+    assert torch.allclose(float_linear(x, weight, bias, norm, EPS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_compile_gives_the_same_codes_and_gradients() -> None:
+    x, weight, norm = random_input(24, 40), torch.randn(16, 40), torch.rand(40) + 0.5
+    codes = quantise_weight(weight, LayerQuant())
+
+    def op(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+        return bit_linear(x, codes.codes, codes.row_scale(), [weight], norm_weight=norm, norm_eps=EPS)
+
+    results = []
+    for function in (op, torch.compile(op, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, norm)]
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    # One code more or less would move an output by scale_x * scale_w, far above the tolerance.
+    step = rms_norm(x, norm, EPS)[0].abs().amax(-1, keepdim=True) / 127 * codes.scale
+    assert bool(((results[0][0] - results[1][0]).abs() < 0.01 * step).all())
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-5 * eager.abs().max().item())

@@ -1,0 +1,183 @@
+"""The estimate against real modules: parameters, what autograd saves, the optimizer's state and a real checkpoint."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet_train.commands.estimate import COUNT_UNITS, human
+from bitnet_train.export.config import ExportDtype
+from bitnet_train.nn.audit import audit
+from bitnet_train.nn.code_cache import CodeCache
+from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
+from bitnet_train.nn.decoder import Decoder
+from bitnet_train.nn.layout import Role, parameter_table
+from bitnet_train.planning.curve import characteristic_points, draw
+from bitnet_train.planning.flops import forward_flops, forward_flops_per_token, training_flops_per_token
+from bitnet_train.planning.memory import training_memory
+from bitnet_train.planning.parameters import count_parameters
+from bitnet_train.planning.sizes import ENTRY_BYTES, checkpoint_bytes, export_sizes
+from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
+from bitnet_train.training.config import AdamWConfig
+from bitnet_train.training.losses import cross_entropy
+from bitnet_train.training.optimizers import build_optimizer
+from tests.composing import compose_config
+
+SMALL = DecoderConfig(hidden=64, layers=2, heads=4, kv_heads=2, ffn=160, context=64, vocab=300)
+FAMILIES = {
+    "2b4t": (Norms.pre_sub, Activation.relu2),
+    "llama.cpp": (Norms.pre_sub, Activation.silu),
+    "llama": (Norms.pre, Activation.silu),
+}
+SPECS = {
+    "ternary": QuantSpec(),
+    "binary by row": QuantSpec(LayerQuant(scheme="binary", groups="row")),
+    "float": QuantSpec(FLOAT),
+    "weights only": QuantSpec(LayerQuant(activation_bits=None)),
+    "mixed": QuantSpec(
+        LayerQuant(),
+        (("*v_proj", FLOAT), ("*gate_proj", FLOAT), ("layers.1.*o_proj", LayerQuant(activation_bits=None))),
+    ),
+}
+BATCH, LENGTH = 2, 32
+
+
+def family(name: str, **changes: object) -> DecoderConfig:
+    norms, activation = FAMILIES[name]
+    return replace(SMALL, norms=norms, activation=activation, **changes)  # type: ignore[arg-type]
+
+
+def saved_bytes(cfg: DecoderConfig, spec: QuantSpec, bf16: bool) -> int:
+    """Bytes of all storages that autograd keeps for the backward pass, parameters and buffers aside."""
+    model = Decoder(cfg, spec)
+    CodeCache(model)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages.setdefault(storage.data_ptr(), storage)
+        return tensor
+
+    ids = torch.randint(0, cfg.vocab, (BATCH, LENGTH + 1))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
+    ):
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activation_memory_is_what_autograd_saves(name: str, spec: str, bf16: bool) -> None:
+    for residual in (ResidualDtype.float32, *([ResidualDtype.bfloat16] if bf16 else [])):
+        cfg = family(name, residual_dtype=residual)
+        memory = training_memory(cfg, SPECS[spec], BATCH, LENGTH, "bf16-mixed" if bf16 else "32-true")
+        # The logits and their float32 copy live while the loss is computed; autograd keeps the log-probabilities.
+        passing = BATCH * LENGTH * cfg.vocab * ((2 if bf16 else 4) + 4)
+        expected = sum(memory.activations.values()) + memory.compute_copies - passing
+        assert saved_bytes(cfg, SPECS[spec], bf16) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_weights_and_states(spec: str) -> None:
+    model = Decoder(SMALL, SPECS[spec])
+    optimizer = build_optimizer(AdamWConfig(), model)
+    CodeCache(model, optimizer)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    memory = training_memory(SMALL, SPECS[spec], BATCH, LENGTH, "32-true")
+    total = sum(p.numel() for p in model.parameters())
+    assert memory.master_weights == memory.gradients == 4 * total
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert memory.optimizer_state == sum(t.nbytes for t in states)
+    named = {name: buffer for name, buffer in model.named_buffers() if name.endswith(("codes", "row_scale"))}
+    buffers = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in named.values()}
+    assert memory.code_buffers == sum(buffers.values())
+    assert memory.total == 16 * total + memory.code_buffers + sum(memory.activations.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spec", SPECS)
+def test_counts_are_the_audits(spec: str, tied: bool) -> None:
+    cfg = replace(SMALL, tie_embeddings=tied)
+    counts, report = count_parameters(cfg, SPECS[spec]), audit(Decoder(cfg, SPECS[spec]))
+    assert counts.total == report.total_parameters
+    assert counts.linear == report.parameters
+    assert counts.quantised_share == report.quantised_share
+    assert (counts.head == 0) is tied
+
+
+def test_checkpoint_size() -> None:
+    # A real last.ckpt of the tiny recipe, weights and AdamW's state.
+    assert checkpoint_bytes(compose_config("+recipe=tiny").model) == pytest.approx(53_612_751, rel=1e-3)
+    model = Decoder(SMALL, QuantSpec())
+    optimizer = build_optimizer(AdamWConfig(), model)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    stream = io.BytesIO()
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, stream)
+    entries = 4 * len(list(model.parameters()))
+    assert abs(len(stream.getvalue()) - checkpoint_bytes(SMALL)) < ENTRY_BYTES * entries
+
+
+def test_export_sizes_count_codes_and_scales() -> None:
+    sizes = {size.packing: size for size in export_sizes(SMALL, QuantSpec(), ExportDtype.bfloat16)}
+    linear = [p.size for p in parameter_table(SMALL) if p.role is Role.linear]
+    norms = sum(p.size for p in parameter_table(SMALL) if p.role is Role.norm)
+    scales = 4 * len(linear)
+    assert sizes["2 bits per code"].without_embeddings == sum(linear) // 4 + 2 * norms + scales
+    assert sizes["five codes a byte"].without_embeddings == sum(-(-n // 5) for n in linear) + 2 * norms + scales
+    assert sizes["all bfloat16"].total == 2 * sum(p.size for p in parameter_table(SMALL))
+    for size in sizes.values():
+        assert size.total - size.without_embeddings == 2 * SMALL.vocab * SMALL.hidden
+    by_row = export_sizes(SMALL, QuantSpec(LayerQuant(groups="row")), ExportDtype.bfloat16)[0]
+    rows = sum(p.shape[0] for p in parameter_table(SMALL) if p.role is Role.linear)
+    assert by_row.total - sizes["2 bits per code"].total == 4 * rows - scales
+
+
+def test_operations_by_hand() -> None:
+    parts = forward_flops(SMALL, LENGTH)
+    block = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 160 * 64
+    assert parts == {"linear layers": 2 * 2 * block, "attention": 4 * 2 * 64 * LENGTH / 2, "head": 2 * 300 * 64}
+    assert training_flops_per_token(SMALL, LENGTH) == 3 * forward_flops_per_token(SMALL, LENGTH)
+
+
+def test_the_curve_shows_both_sides_of_a_border() -> None:
+    points = {p.what: p for p in characteristic_points(compose_config("+recipe=2b4t"))}
+    assert points["end of warm-up"].lr == pytest.approx(1.2e-3)
+    assert points["end of stage 1"].lr == pytest.approx(6e-4)
+    assert points["stage 2 begins"].lr == pytest.approx(2.4e-4)
+    assert points["stage 2 begins"].step == points["end of stage 1"].step + 1
+    assert points["stage 2 begins"].weight_decay == points["last step"].lr == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_the_curve_of_very_short_runs(steps: int, tmp_path: Path) -> None:
+    cfg = compose_config("+recipe=tiny", f"trainer.max_steps={steps}", "schedule.warmup=0")
+    points = characteristic_points(cfg)
+    assert [p.step for p in points] == sorted({p.step for p in points})
+    assert points[-1].step == steps - 1
+    draw(cfg, "short", tmp_path / "a" / "curve.png")
+    assert (tmp_path / "a" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "1.00 kB"), (64, "64 B"), (521_898_624, "0.52 GB"), (28_957_000_000, "29.0 GB"),
+     (1.2e11, "120 GB"), (53_612_751, "53.6 MB")],
+)  # fmt: skip
+def test_sizes_in_words(value: float, text: str) -> None:
+    assert human(value) == text
+
+
+def test_counts_in_words() -> None:
+    assert human(16.4e9, COUNT_UNITS) == "16.4 G"
+    assert human(524_288, COUNT_UNITS) == "0.52 M"
+    assert human(12, COUNT_UNITS) == "12"

@@ -1,0 +1,90 @@
+"""A workspace with a small corpus and a model that trains in a second, driven as a user would: through the command line."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Small enough for a second of training; every part of a real run is in it.
+SETTINGS = (
+    "+recipe=tiny",
+    "data=files",
+    "data.tokenizer.vocab_size=320",
+    "data.sequence_length=32",
+    "data.corpus.validation_every=10",
+    "model.hidden=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.kv_heads=2",
+    "model.ffn=64",
+    "trainer.batch_tokens=256",
+    "trainer.compile=false",
+    "trainer.log_every=1",
+    "trainer.validate_every=5",
+    "samples.every_steps=5",
+    "samples.max_new_tokens=8",
+    "checkpoint.every_steps=3",
+)
+
+
+class Workspace:
+    """A folder with a corpus, in which commands run as processes of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "bitnet_train", *SETTINGS, f"data.corpus.path={self.folder}/corpus", *arguments]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*arguments), cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # One thread: a model this small only waits for a second one, and much longer when the machine is busy.
+            env={**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=180)
+        return process.returncode, output
+
+    def rows(self, run: str) -> list[dict[str, str]]:
+        with (self.folder / "runs" / run / "metrics.csv").open(newline="") as stream:
+            return list(csv.DictReader(stream))
+
+    def losses(self, run: str) -> dict[str, tuple[str, ...]]:
+        """What must be the same bit for bit, by step."""
+        columns = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "clip_threshold", "codes/flips", "codes/zeros")
+        rows = self.rows(run)
+        assert len({row["step"] for row in rows}) == len(rows)
+        return {row["step"]: tuple(row[column] for column in columns) for row in rows}
+
+    def signal_at(self, process: subprocess.Popen[str], run: str, step: int, number: signal.Signals) -> str:
+        """Send a signal once the checkpoint of ``step`` lies there and training has gone on; what was printed."""
+        checkpoint = self.folder / "runs" / run / "checkpoints" / f"step-{step:08d}.ckpt"
+        self._wait(lambda: checkpoint.exists() or process.poll() is not None)
+        process.send_signal(number)
+        return process.communicate(timeout=120)[0]
+
+    @staticmethod
+    def _wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        lines = [f"line {j} of text {i}: {'abc' * (j % 5)} the quick brown fox {i * j}\n" for j in range(30)]
+        (corpus / f"{i:02d}.txt").write_text("".join(lines))
+    return Workspace(tmp_path)

@@ -1,0 +1,130 @@
+"""A run that is killed, interrupted or terminated goes on as if nothing had happened."""
+
+import re
+import signal
+
+import pytest
+
+from tests.training.conftest import Workspace
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(("clip=percentile", "clip.min_history=3"), id="dynamic-clip"),
+        pytest.param(("trainer.micro_batch=2", "data.workers=2"), id="accumulation-and-workers"),
+    ],
+)
+def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
+    workspace: Workspace, variant: tuple[str, ...]
+) -> None:
+    settings = (*variant, "trainer.max_steps=60")
+    code, output = workspace.run(*settings, "run_name=whole")
+    assert code == 0, output
+    process = workspace.start(*settings, "run_name=killed")
+    workspace.signal_at(process, "killed", 12, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert (workspace.folder / "runs/killed/checkpoints/last.ckpt").exists()
+    assert len(workspace.rows("killed")) < 60
+    code, output = workspace.run(*settings, "run_name=killed")
+    assert code == 0, output
+    resumed_at = int(re.search(r"steps (\d+) to 60", output)[1])  # type: ignore[index]
+    assert 0 < resumed_at < 60
+    assert workspace.losses("killed") == workspace.losses("whole")
+    assert (workspace.folder / "runs/killed/samples.md").read_text() == (workspace.folder / "runs/whole/samples.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops_with_its_exit_code(workspace: Workspace, number: signal.Signals, exit_code: int) -> None:
+    settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50")
+    process = workspace.start(*settings)
+    output = workspace.signal_at(process, "a", 50, number)
+    assert process.returncode == exit_code, output
+    stopped_at = int(re.search(r"stopped at step (\d+)", output)[1])  # type: ignore[index]
+    assert (workspace.folder / f"runs/a/checkpoints/step-{stopped_at:08d}.ckpt").exists()
+    assert workspace.rows("a")[-1]["step"] == str(stopped_at)
+    code, output = workspace.run(*settings[1:], f"trainer.max_steps={stopped_at + 1}")
+    assert code == 0, output
+    assert f"steps {stopped_at} to {stopped_at + 1}" in output
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_can_be_lengthened(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=3", "schedule=constant")[0] == 0
+    before = workspace.losses("a")
+    code, output = workspace.run("run_name=a", "trainer.max_steps=3", "schedule=constant")
+    assert code == 0
+    assert "nothing left to train" in output
+    assert workspace.losses("a") == before
+    assert workspace.run("run_name=a", "trainer.max_steps=7", "schedule=constant")[0] == 0
+    assert workspace.run("run_name=b", "trainer.max_steps=7", "schedule=constant")[0] == 0
+    longer, whole = workspace.losses("a"), workspace.losses("b")
+    # Step 3 was validated as the last step of the short run; the rest is the same run.
+    assert {k: v[0] for k, v in longer.items()} == {k: v[0] for k, v in whole.items()}
+
+
+def test_a_change_of_what_is_computed_is_refused_by_name(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=2")[0] == 0
+    code, output = workspace.run("run_name=a", "trainer.max_steps=4", "optimizer.lr=1e-4")
+    assert code == 2
+    assert "optimizer.lr" in output
+    assert "Traceback" not in output
+
+
+def test_a_fork_starts_from_another_runs_checkpoint(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=6", "schedule=constant")[0] == 0
+    fork = ("run_name=b", "trainer.max_steps=9", "schedule=constant", "optimizer.lr=1e-4")
+    code, output = workspace.run(*fork, "resume.from=runs/a@3")
+    assert code == 0, output
+    assert "steps 3 to 9" in output
+    assert [row["step"] for row in workspace.rows("b")] == [str(i) for i in range(4, 10)]
+    assert workspace.rows("b")[0]["lr"] == "0.0001"
+    code, output = workspace.run(*fork[1:], "run_name=c", "resume.from=runs/a@4")
+    assert code == 2
+    assert "steps saved there: 3, 6" in output
+
+
+def test_a_folder_in_use_is_refused(workspace: Workspace) -> None:
+    process = workspace.start("run_name=a", "trainer.max_steps=100000", "data.workers=2")
+    try:
+        workspace._wait(lambda: (workspace.folder / "runs/a/checkpoints/last.ckpt").exists())
+        code, output = workspace.run("run_name=a", "trainer.max_steps=100000", "data.workers=2")
+        assert code == 2
+        assert f"in use by process {process.pid}" in output
+        assert "Traceback" not in output
+    finally:
+        process.kill()
+        process.communicate()
+    # The lock went with the process, although its loader processes may live a moment longer.
+    code, output = workspace.run("run_name=a", "trainer.max_steps=1", "data.workers=2")
+    assert code == 0, output
+
+
+def test_edited_or_truncated_shards_are_refused(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=2")[0] == 0
+    shard = next((workspace.folder / "data").rglob("train-00000.npy"))
+    original = shard.read_bytes()
+    for damaged in (original[:-2], original[:-2] + b"\0\1"):
+        shard.write_bytes(damaged)
+        code, output = workspace.run("run_name=a", "trainer.max_steps=4")
+        assert code == 2
+        assert str(shard.name) in output
+        assert "Traceback" not in output
+
+
+def test_training_that_diverges_stops_with_code_3_and_keeps_the_last_good_checkpoint(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=3")[0] == 0
+    code, output = workspace.run(
+        "run_name=b", "trainer.max_steps=60", "optimizer.lr=1e38", "schedule.warmup=0", "clip=none", "resume.from=runs/a"
+    )
+    assert code == 3, output
+    assert "Traceback" not in output
+    assert not list((workspace.folder / "runs/b/checkpoints").glob("step-0000006*.ckpt"))
+
+
+def test_wandb_without_a_key_is_offline_and_says_so(workspace: Workspace) -> None:
+    code, output = workspace.run("run_name=a", "trainer.max_steps=2", "logger=wandb")
+    assert code == 0, output
+    assert "offline, because no API key is configured" in output
+    assert "wandb sync" in output
+    assert list((workspace.folder / "runs/a/wandb").glob("offline-run-*"))
+    assert len(workspace.rows("a")) == 2
