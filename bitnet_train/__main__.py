@@ -156,7 +156,7 @@ def run_job(job: Job, catalogue: Catalogue) -> int:
     node = job.node
     check_keys(node)
     if node.command in ON_A_RUN:
-        cfg = to_config(on_a_run(node, job.recipe, job.overrides))
+        cfg = to_config(on_a_run(job))
     else:
         command = node.command.value
         if job.recipe is None:
@@ -221,11 +221,12 @@ def job_name(overrides: list[str], swept: set[str]) -> str:
     return name
 
 
-def on_a_run(node: DictConfig, recipe: str | None, overrides: list[str]) -> DictConfig:
-    """The saved configuration of ``run=``, with the values of this command line on top."""
+def on_a_run(job: Job) -> DictConfig:
+    """The saved configuration of ``run=`` (or of the run that the recipe names), with this command line on top."""
+    node, overrides = job.node, job.overrides
     command = node.command.value
-    if recipe is not None and node.run is None:
-        node.run = str(Path(node.paths.runs) / (node.run_name or recipe))
+    if job.recipe is not None and node.run is None:
+        node.run = str(Path(node.paths.runs) / run_name(node.run_name or job.recipe, job.name))
     if node.run is None:
         raise ConfigError(f"command={command} needs run=FOLDER, the folder of a finished run such as runs/tiny.")
     folder = Path(node.run).expanduser()

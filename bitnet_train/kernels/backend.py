@@ -63,12 +63,14 @@ def choose_backend(device: torch.device | str, wanted: str = "auto") -> BackendC
     if wanted != "auto":
         if wanted not in BACKENDS:
             known = ", ".join(["auto", *BACKENDS])
-            raise ConfigError(f"kernels.backend={wanted} does not exist; choose one of {known}.{did_you_mean(wanted, BACKENDS)}")
+            raise ConfigError(
+                f"kernels.backend={wanted} does not exist; choose one of {known}.{did_you_mean(wanted, BACKENDS)}"
+            )
         obstacle = BACKENDS[wanted].unsupported(device)
         if obstacle:
             raise ConfigError(f"kernels.backend={wanted} cannot run here: {obstacle}. Use kernels.backend=auto.")
         return BackendChoice(BACKENDS[wanted], "chosen in the config (kernels.backend)")
-    passed_over = []
+    passed_over: list[str] = []
     for backend in reversed(BACKENDS.values()):
         obstacle = backend.unsupported(device)
         if obstacle is None:

@@ -1,4 +1,4 @@
-"""The public op: RMSNorm (optional) -> int8 codes -> one matmul with ternary codes -> floats, with straight-through gradients.
+"""The public op: RMSNorm (optional) -> int8 codes -> one matmul with ternary codes -> floats, and its gradients.
 
 Several linear layers that read the same input are one call: the input is quantised once, the code matrices are stacked
 along their output rows for one matmul, while the parameters stay separate and each receives its own gradient.
@@ -75,14 +75,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _split_rows(grad: Tensor, masters: Sequence[Tensor | None], shapes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+def _split_rows(
+    grad: Tensor, masters: Sequence[Tensor | None], shapes: Sequence[tuple[int, torch.dtype]]
+) -> list[Tensor]:
     parts = torch.split(grad, [rows for rows, _ in shapes])
     return [part.to(dtype) for part, (_, dtype) in zip(parts, shapes, strict=True)]
 
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         norm_weight: Tensor | None,
@@ -105,7 +107,7 @@ class _BitLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         codes, scale, codes_w, row_scale, *norm = ctx.saved_tensors
         backend: Backend = ctx.backend
         grad_x = grad_norm_weight = None
@@ -127,7 +129,7 @@ class _WeightOnlyLinear(torch.autograd.Function):
     """Float activations, quantised weights (W1.58A16, the setting of TriLM, arXiv 2407.12327)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         codes_w: Tensor,
@@ -146,7 +148,7 @@ class _WeightOnlyLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, codes_w, row_scale = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -30,7 +30,9 @@ class ReferenceBackend:
     def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
         """``codes_x @ codes_w.T`` (M, N), integers held in float32."""
         if codes_x.shape[-1] * 128 >= 2**24:
-            raise ValueError(f"K={codes_x.shape[-1]} is too wide for an exact float32 product of codes (131,071 at most)")
+            raise ValueError(
+                f"K={codes_x.shape[-1]} is too wide for an exact float32 product of codes (131,071 at most)"
+            )
         # Autocast would run this matmul in bf16, whose result rounds integers above 256.
         with torch.autocast(codes_x.device.type, enabled=False):
             return codes_x.float() @ codes_w.float().t()

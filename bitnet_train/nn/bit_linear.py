@@ -73,7 +73,7 @@ class BitLinear(nn.Linear):
         return self
 
     def quantised(self) -> Codes:
-        """The current codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
+        """Codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
         return self.kept or quantise_weight(self.weight, self.quant)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ def shared_input_forward(
         parts = torch.split(y, [layer.out_features for layer in group], dim=-1) if len(group) > 1 else (y,)
         for layer, part in zip(group, parts, strict=True):
             outputs[id(layer)] = part if layer.bias is None else part + layer.bias.to(part.dtype)
-    for layer in layers:
-        if not isinstance(layer, BitLinear):
-            outputs[id(layer)] = float_linear(x, layer.weight, layer.bias, norm_weight, norm_eps)
+    for plain in layers:
+        if not isinstance(plain, BitLinear):
+            outputs[id(plain)] = float_linear(x, plain.weight, plain.bias, norm_weight, norm_eps)
     return [outputs[id(layer)] for layer in layers]
 
 

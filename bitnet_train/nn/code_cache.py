@@ -17,7 +17,7 @@ from bitnet_train.quant.weights import Codes, quantise_weight
 
 @dataclass
 class CodeStatistics:
-    """Sums over all quantised layers since the statistics were asked for; tensors, so that nothing waits for the device."""
+    """Counts over all quantised layers at one refresh; tensors, so that nothing waits for the device."""
 
     zeros: Tensor
     flips: Tensor

@@ -71,14 +71,21 @@ def check_decoder(cfg: DecoderConfig) -> None:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"model.{name} is {getattr(cfg, name)}; it must be at least 1.")
     if cfg.hidden % cfg.heads:
-        raise ConfigError(f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden}.")
+        raise ConfigError(
+            f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden}."
+        )
     if cfg.heads % cfg.kv_heads:
-        raise ConfigError(f"model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}: choose a divisor of {cfg.heads}.")
+        raise ConfigError(
+            f"model.kv_heads={cfg.kv_heads} does not divide model.heads={cfg.heads}: choose a divisor of {cfg.heads}."
+        )
     if cfg.head_dim % 2:
-        raise ConfigError(f"The head dimension model.hidden / model.heads = {cfg.head_dim} is odd; rotary embeddings need it even.")
+        raise ConfigError(
+            f"The head dimension model.hidden / model.heads = {cfg.head_dim} is odd; rotary embeddings need it even."
+        )
     if cfg.residual_dtype is ResidualDtype.float16 and cfg.activation is Activation.relu2:
         raise ConfigError(
-            "model.residual_dtype=float16 overflows with model.activation=relu2: use bfloat16 or float32, or the silu activation."
+            "model.residual_dtype=float16 overflows with model.activation=relu2: use bfloat16 or float32, or the silu "
+            "activation."
         )
     if cfg.norm_eps <= 0 or cfg.rope_theta <= 0:
         raise ConfigError(f"model.norm_eps={cfg.norm_eps} and model.rope_theta={cfg.rope_theta} must both be positive.")
@@ -110,7 +117,9 @@ class DepthScaledInit(NormalInit):
 def check_init(cfg: InitConfig) -> None:
     """Raises ConfigError for a spread that is not positive."""
     if isinstance(cfg, NormalInit) and not (cfg.std > 0 and (cfg.embedding_std is None or cfg.embedding_std > 0)):
-        raise ConfigError(f"init.std and init.embedding_std must be positive, they are {cfg.std} and {cfg.embedding_std}.")
+        raise ConfigError(
+            f"init.std and init.embedding_std must be positive, they are {cfg.std} and {cfg.embedding_std}."
+        )
 
 
 INIT_CONFIGS: dict[str, type[InitConfig]] = {"normal": NormalInit, "depth_scaled": DepthScaledInit}

@@ -56,7 +56,9 @@ class Attention(nn.Module):
         self.qkv = SharedInput((self.q_proj, self.k_proj, self.v_proj), input_norm, linear.backend)
         self.out = SharedInput((self.o_proj,), sub_norm, linear.backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         q, k, v = (
             part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in self.qkv(x)
@@ -102,7 +104,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps)
         self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         x = x + self.self_attn(x, cos, sin, mask, cache, layer).to(x.dtype)
         return x + self.mlp(x).to(x.dtype)
 
@@ -169,7 +173,9 @@ class Decoder(nn.Module):
         return KVCache(self.cfg, batch, capacity, weight.device, weight.dtype)
 
 
-def _attention_mask(tokens: int, start: int, documents: Tensor | None, device: torch.device, cached: bool) -> Tensor | None:
+def _attention_mask(
+    tokens: int, start: int, documents: Tensor | None, device: torch.device, cached: bool
+) -> Tensor | None:
     """None where plain causal attention (or a single new token) will do, otherwise True where a query may look."""
     if documents is not None:
         if cached:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 
-
 from bitnet_train.errors import ConfigError
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.config import DecoderConfig, DepthScaledInit, InitConfig, NormalInit

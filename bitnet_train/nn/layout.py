@@ -90,7 +90,8 @@ def check_spec(cfg: DecoderConfig, spec: QuantSpec) -> None:
     linears = {p.layer_name: p.shape for p in parameter_table(cfg) if p.role is Role.linear}
     for pattern in spec.unmatched(linears):
         raise ConfigError(
-            f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like 'layers.0.self_attn.o_proj'."
+            f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like "
+            "'layers.0.self_attn.o_proj'."
         )
     for name, layer in quantised_layers(cfg, spec).items():
         try:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rotary_table(head_dim: int, context: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 (context, head_dim): angle ``p / theta^(2i/d)`` for position p and frequency i, repeated twice."""
+    """cos and sin, float32 (context, head_dim), of ``p / theta^(2i/d)`` for position p, frequency i; repeated twice."""
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     angles = torch.arange(context, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)

@@ -1,4 +1,4 @@
-"""Rules that the training settings must keep, checked at composition: no torch here, so a mistake is answered at once."""
+"""Rules that the training settings must keep. No torch here, so that a mistake is answered at once."""
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.config import (
@@ -54,7 +54,9 @@ def check_optimizer(cfg: OptimizerConfig) -> None:
     if cfg.weight_decay < 0:
         raise ConfigError(f"optimizer.weight_decay cannot be negative, it is {cfg.weight_decay:g}.")
     if isinstance(cfg, AdamWConfig) and (len(cfg.betas) != 2 or not all(0 <= b < 1 for b in cfg.betas) or cfg.eps <= 0):
-        raise ConfigError(f"optimizer.betas must be two numbers in [0, 1) and eps positive, they are {cfg.betas} and {cfg.eps:g}.")
+        raise ConfigError(
+            f"optimizer.betas must be two numbers in [0, 1) and eps positive, they are {cfg.betas} and {cfg.eps:g}."
+        )
 
 
 def check_clip(cfg: ClipConfig) -> None:

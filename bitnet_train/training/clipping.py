@@ -62,7 +62,7 @@ class NormRule(ClipRule):
 class PercentileRule(ClipRule):
     """AutoClip (Seetharaman et al. 2020, arXiv 2007.14469): the threshold is a percentile of the past norms.
 
-    The norm at hand joins the history before the percentile is taken, as in the paper; norms that are not finite do not.
+    The norm at hand joins the history before the percentile is taken, as in the paper, unless it is not finite.
     """
 
     history: Tensor

@@ -22,6 +22,14 @@ class Choices:
     why_precision: str
     why_compile: str
 
+    def sentences(self) -> list[str]:
+        """One line per choice."""
+        return [
+            f"device: {self.device}, {torch.get_num_threads()} threads",
+            f"precision: {self.precision} ({self.why_precision})",
+            f"compile: {'on' if self.compile else 'off'} ({self.why_compile})",
+        ]
+
     def as_dict(self) -> dict[str, object]:
         """For provenance.json."""
         return asdict(self)
@@ -57,7 +65,9 @@ def _cpu_multiplies_bf16() -> bool:
         capabilities = torch.cpu.get_capabilities()
     else:  # torch 2.11 and before
         probes = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
-        capabilities = {name: getattr(torch.cpu, probe)() for name, probe in probes.items() if hasattr(torch.cpu, probe)}
+        capabilities = {
+            name: getattr(torch.cpu, probe)() for name, probe in probes.items() if hasattr(torch.cpu, probe)
+        }
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 

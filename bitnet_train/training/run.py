@@ -52,11 +52,19 @@ def checkpoint_step(path: Path) -> int:
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:
-        raise ConfigError(f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one.") from None
+        raise ConfigError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
+        ) from None
 
 
 def train(
-    cfg: RunConfig, folder: RunFolder, run_name: str, shards: Path, manifest: Manifest, start: Path | None, console: Console
+    cfg: RunConfig,
+    folder: RunFolder,
+    run_name: str,
+    shards: Path,
+    manifest: Manifest,
+    start: Path | None,
+    console: Console,
 ) -> TrainingOutcome:
     """Train ``cfg`` in ``folder`` on prepared ``shards``, from checkpoint ``start`` or from new weights.
 
@@ -64,39 +72,35 @@ def train(
     bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
     loss stops being a number.
     """
-    console.print(f"data: {manifest.splits['train']['tokens']:,} training tokens in {shards}; checked {verify_shards(shards, manifest, cfg.data.verify)}")
+    checked = verify_shards(shards, manifest, cfg.data.verify)
+    tokens = manifest.splits["train"]["tokens"]
+    console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
     first = checkpoint_step(start) if start is not None else 0
     if first >= cfg.trainer.max_steps:
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)
 
     choices = choose(cfg)
-    backend = choose_backend(choices.device, cfg.kernels.backend)
-    decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, backend.backend)
-    report = audit(decoder)
-    console.print(f"model: {report.sentence()}")
-    console.print(
-        f"device: {choices.device}, {torch.get_num_threads()} threads; precision {choices.precision} ({choices.why_precision}); "
-        f"compile {'on' if choices.compile else 'off'} ({choices.why_compile}); kernels: {backend.backend.name} ({backend.reason})"
-    )
+    kernels = choose_backend(choices.device, cfg.kernels.backend)
+    decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
+    console.print(f"model: {audit(decoder).sentence()}")
+    for line in (*choices.sentences(), f"kernels: {kernels.backend.name} ({kernels.reason})"):
+        console.print(line, markup=False)
 
     tokenizer = load_tokenizer(shards)
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
     data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
-    module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
-    metrics_csv = MetricsCsv(folder.metrics_file)
-    metrics_csv.cut(first)
-    cut_samples(folder.samples_file, first)
-    loggers: list[Logger] = [metrics_csv]
-    if isinstance(cfg.logger, WandbLogger):
-        from bitnet_train.training.loggers.wandb import build_wandb
-
-        wandb_logger, where = build_wandb(cfg.logger, run_name, folder.path, _plain(cfg))
-        loggers.append(wandb_logger)
-        console.print(where)
-    folder.add_provenance(
-        collect_provenance({**choices.as_dict(), "kernels": backend.backend.name, "data_fingerprint": manifest.fingerprint, "from_step": first})
+    epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
+    console.print(
+        f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
+        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), {epochs:.2f} epochs",
+        markup=False,
     )
+    module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
+    loggers = _loggers(cfg, folder, run_name, first, console)
+    cut_samples(folder.samples_file, first)
+    remembered = {"kernels": kernels.backend.name, "data_fingerprint": manifest.fingerprint, "from_step": first}
+    folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
 
     clock = TrainingClock()
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
@@ -104,11 +108,14 @@ def train(
     validation = Validation(clock, data, tokenizer.byte_lengths())
     checkpoints = Checkpoints(clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
-    epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
-    console.print(
-        f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
-        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), {epochs:.2f} epochs in all"
-    )
+    callbacks: list[L.Callback] = [
+        metrics,
+        validation,
+        Samples(clock, tokenizer, folder.samples_file),
+        TrainingProgress(console, metrics, validation),
+        checkpoints,
+        stop,
+    ]
     with _quiet_lightning():
         trainer = L.Trainer(
             accelerator=choices.device,
@@ -119,14 +126,7 @@ def train(
             accumulate_grad_batches=plan.accumulation,
             use_distributed_sampler=False,
             logger=loggers,
-            callbacks=[
-                metrics,
-                validation,
-                Samples(clock, tokenizer, folder.samples_file),
-                TrainingProgress(console, metrics, validation),
-                checkpoints,
-                stop,
-            ],
+            callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -136,6 +136,19 @@ def train(
     return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
 
 
+def _loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:
+    """metrics.csv, its rows past step ``first`` cut, and what ``cfg.logger`` adds."""
+    metrics_csv = MetricsCsv(folder.metrics_file)
+    metrics_csv.cut(first)
+    if not isinstance(cfg.logger, WandbLogger):
+        return [metrics_csv]
+    from bitnet_train.training.loggers.wandb import build_wandb
+
+    wandb_logger, where = build_wandb(cfg.logger, run_name, folder.path, _plain(cfg))
+    console.print(where, markup=False)
+    return [metrics_csv, wandb_logger]
+
+
 def _plain(cfg: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(cfg).items() if k != "logger"}
 
@@ -143,7 +156,12 @@ def _plain(cfg: RunConfig) -> dict[str, Any]:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Lightning's banners and its warnings about things that are so on purpose stay out of the run's output."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    names = (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+    )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -43,7 +43,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise ConfigError(f"The run folder {self.path} cannot be written ({error.strerror}): choose another with paths.runs=.") from None
+            raise ConfigError(
+                f"The run folder {self.path} cannot be written ({error.strerror}): choose another with paths.runs=."
+            ) from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

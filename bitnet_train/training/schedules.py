@@ -1,7 +1,7 @@
 """Learning rate and weight decay as pure functions of the step.
 
-Every schedule is a factor in [0, ...) of the peak in ``optimizer.lr`` or ``optimizer.weight_decay``. Steps count from 0;
-step ``t`` is the update that makes ``t + 1`` updates in all. Nothing but the step is needed to resume.
+Every schedule is a factor of the peak in ``optimizer.lr`` or ``optimizer.weight_decay``. Steps count from 0; step ``t``
+is the update that makes ``t + 1`` updates in all. Nothing but the step is needed to resume.
 """
 
 import math
@@ -134,7 +134,9 @@ def check_schedule(cfg: ScheduleConfig, total: int, key: str = "schedule") -> No
     if isinstance(cfg, WsdSchedule):
         decay = as_steps(cfg.decay, total)
         if cfg.decay < 0 or warm + decay > total:
-            raise ConfigError(f"{key}: warm-up ({warm} steps) and decay ({decay}) are longer than the run of {total} steps.")
+            raise ConfigError(
+                f"{key}: warm-up ({warm} steps) and decay ({decay}) are longer than the run of {total} steps."
+            )
     if isinstance(cfg, TwoStageSchedule):
         _check_stages(cfg, warm, total, key)
     final = getattr(cfg, "final", 0.0)
@@ -158,4 +160,6 @@ def _check_stages(cfg: TwoStageSchedule, warm: int, total: int, key: str) -> Non
             (stage.weight_decay_shape, stage.weight_decay_final, "weight_decay_final"),
         ):
             if shape is Shape.constant and final is not None:
-                raise ConfigError(f"{key}.stages[{number}].{name} has no effect while that shape is constant: remove it.")
+                raise ConfigError(
+                    f"{key}.stages[{number}].{name} has no effect while that shape is constant: remove it."
+                )

@@ -46,7 +46,9 @@ def test_roles(family: tuple[Norms, Activation], tied: bool, kv_heads: int) -> N
 
 
 def test_quantised_layers_are_the_bit_linears() -> None:
-    spec = QuantSpec(LayerQuant(), (("layers.1.*", FLOAT), ("layers.1.mlp.*", LayerQuant("binary")), ("*k_proj", FLOAT)))
+    spec = QuantSpec(
+        LayerQuant(), (("layers.1.*", FLOAT), ("layers.1.mlp.*", LayerQuant("binary")), ("*k_proj", FLOAT))
+    )
     cfg = config(FAMILIES[0], True, 2)
     model = Decoder(cfg, spec)
     built = {name: module.quant for name, module in model.named_modules() if isinstance(module, BitLinear)}

@@ -1,4 +1,4 @@
-"""A workspace with a small corpus and a model that trains in a second, driven as a user would: through the command line."""
+"""A workspace with a small corpus and a model that trains in a second, driven through the command line."""
 
 import csv
 import os
@@ -60,7 +60,16 @@ class Workspace:
 
     def losses(self, run: str) -> dict[str, tuple[str, ...]]:
         """What must be the same bit for bit, by step."""
-        columns = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "clip_threshold", "codes/flips", "codes/zeros")
+        columns = (
+            "train/loss",
+            "val/loss",
+            "val/bits_per_byte",
+            "lr",
+            "grad_norm",
+            "clip_threshold",
+            "codes/flips",
+            "codes/zeros",
+        )
         rows = self.rows(run)
         assert len({row["step"] for row in rows}) == len(rows)
         return {row["step"]: tuple(row[column] for column in columns) for row in rows}

@@ -31,11 +31,15 @@ def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
     resumed_at = int(re.search(r"steps (\d+) to 60", output)[1])  # type: ignore[index]
     assert 0 < resumed_at < 60
     assert workspace.losses("killed") == workspace.losses("whole")
-    assert (workspace.folder / "runs/killed/samples.md").read_text() == (workspace.folder / "runs/whole/samples.md").read_text()
+    assert (workspace.folder / "runs/killed/samples.md").read_text() == (
+        workspace.folder / "runs/whole/samples.md"
+    ).read_text()
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops_with_its_exit_code(workspace: Workspace, number: signal.Signals, exit_code: int) -> None:
+def test_a_signal_saves_and_stops_with_its_exit_code(
+    workspace: Workspace, number: signal.Signals, exit_code: int
+) -> None:
     settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50")
     process = workspace.start(*settings)
     output = workspace.signal_at(process, "a", 50, number)
@@ -114,7 +118,12 @@ def test_edited_or_truncated_shards_are_refused(workspace: Workspace) -> None:
 def test_training_that_diverges_stops_with_code_3_and_keeps_the_last_good_checkpoint(workspace: Workspace) -> None:
     assert workspace.run("run_name=a", "trainer.max_steps=3")[0] == 0
     code, output = workspace.run(
-        "run_name=b", "trainer.max_steps=60", "optimizer.lr=1e38", "schedule.warmup=0", "clip=none", "resume.from=runs/a"
+        "run_name=b",
+        "trainer.max_steps=60",
+        "optimizer.lr=1e38",
+        "schedule.warmup=0",
+        "clip=none",
+        "resume.from=runs/a",
     )
     assert code == 3, output
     assert "Traceback" not in output

@@ -68,6 +68,6 @@ class TrainingMetrics(StepCallback):
             for logger in trainer.loggers:
                 logger.save()
             raise DivergedError(
-                f"Stopped at step {step}: the loss is {loss:g} and the gradient norm {norm:g}. The last checkpoint is intact; "
-                "lower optimizer.lr, lengthen schedule.warmup or clip harder, and start a new run."
+                f"Stopped at step {step}: the loss is {loss:g} and the gradient norm {norm:g}. The last checkpoint is "
+                "intact; lower optimizer.lr, lengthen schedule.warmup or clip harder, and start a new run."
             )

@@ -39,7 +39,9 @@ class TrainingProgress(StepCallback):
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._bar.add_task("train", total=pl_module.cfg.trainer.max_steps, completed=trainer.global_step, figures="")
+            self._bar.add_task(
+                "train", total=pl_module.cfg.trainer.max_steps, completed=trainer.global_step, figures=""
+            )
             self._bar.start()
 
     def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:

@@ -19,7 +19,9 @@ def build_wandb(cfg: WandbLogger, run_name: str, folder: Path, config: dict[str,
     try:
         import wandb
     except ImportError:
-        raise ConfigError('logger=wandb needs wandb: install it with pip install "bitnet-train[wandb]", or use logger=csv.') from None
+        raise ConfigError(
+            'logger=wandb needs wandb: install it with pip install "bitnet-train[wandb]", or use logger=csv.'
+        ) from None
     from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 
     key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
