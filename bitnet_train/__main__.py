@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train.config import ON_A_RUN, VARIANTS, Command, check_keys, from_plain, may_change, to_config
 from bitnet_train.data.corpus import open_corpus
 from bitnet_train.errors import BitnetTrainError, ConfigError
-from bitnet_train.explain import check_overrides, explain
+from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
 from bitnet_train.recipes import Catalogue, config_folder, register, settle, yaml_reason
 
@@ -50,8 +50,9 @@ def answer(arguments: list[str]) -> int:
         if not arguments or flags.help:
             print(help_text(catalogue), end="")
             return 0
-        check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
         others = [argument for argument in arguments if argument not in flags.overrides]
+        flags.overrides = [quoted(line) for line in flags.overrides]
+        check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
         if not flags.multirun:
             job = compose_job(others, flags.overrides, catalogue)
             return 0 if job is None else run_job(job, catalogue)
@@ -179,10 +180,10 @@ def run_name(name: str, job: str) -> str:
 
     Raises ConfigError for a name that is no plain folder below paths.runs.
     """
-    plain = re.fullmatch(r"[\w.=+,-]+(/[\w.=+,-]+)*", name)
+    plain = re.fullmatch(r"[\w.=+-]+(/[\w.=+-]+)*", name)
     if plain is None or any(part.startswith((".", "-")) or len(part) > LONGEST_NAME for part in name.split("/")):
         raise ConfigError(
-            f"run_name='{name}' is no folder below paths.runs: use letters, digits and _ . - = + , and '/' for folders "
+            f"run_name='{name}' is no folder below paths.runs: use letters, digits and _ . - = + and '/' for folders "
             f"in folders (no spaces, no '.' or '-' at the start, at most {LONGEST_NAME} characters)."
         )
     return f"{name}/{job}" if job else name
@@ -215,7 +216,8 @@ def job_name(overrides: list[str], swept: set[str]) -> str:
         key, _, value = line.lstrip("+").partition("=")
         if key not in NAMELESS and (key in swept or not may_change(key)):
             parts.append(f"{key}={value}")
-    name = re.sub(r"[^\w=.,+-]+", "_", ",".join(parts)).strip("_.-")
+    # No comma: Hydra would read run=NAME as a list of values.
+    name = "+".join(re.sub(r"[^\w=.-]+", "_", part).strip("_.-") for part in parts)
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME - 9]}-{sha256(name.encode()).hexdigest()[:8]}"
     return name

@@ -28,6 +28,12 @@ from bitnet_train.recipes import Catalogue, overridden, yaml_reason
 TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "Boolean": "true or false"}
 
 
+def quoted(line: str) -> str:
+    """The override with quotes where Hydra's grammar needs them: ``run=runs/tiny/seed=1`` is a path, not a riddle."""
+    key, _, value = line.partition("=")
+    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}()$\\") else line
+
+
 def check_overrides(overrides: list[str], catalogue: Catalogue, sweeping: bool) -> None:
     """Raises ConfigError for arguments that cannot mean anything, or mean something that surprises."""
     parser = OverridesParser.create()

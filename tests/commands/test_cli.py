@@ -298,6 +298,16 @@ def test_commands_on_a_broken_run_name_its_file(run: Run, tmp_path: Path) -> Non
     assert "lrr" in err
 
 
+def test_the_recipe_and_the_job_name_the_run(run: Run) -> None:
+    assert "run=runs/tiny does not exist" in run("+recipe=tiny", "command=export")[2]
+    assert "run=runs/mine does not exist" in run("+recipe=tiny", "command=export", "run_name=mine")[2]
+    err = run("-m", "+recipe=tiny", "seed=1,2", "quant=none", "command=export")[2]
+    for seed in (1, 2):
+        assert f"run=runs/tiny/seed={seed}+quant=none does not exist" in err
+    # And the name of a job can be typed as it is.
+    assert "run=runs/tiny/seed=1+quant=none does not" in run("command=export", "run=runs/tiny/seed=1+quant=none")[2]
+
+
 def test_a_run_keeps_its_own_model(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "runs" / "tiny", config=to_yaml(compose_config("+recipe=tiny")))
     for override in ("quant=none", "model=small", "schedule=cosine"):
@@ -333,7 +343,7 @@ def test_a_sweep_goes_on_after_a_failed_job(run: Run, tmp_path: Path) -> None:
     assert code == 2
     assert "model.heads=7" in err
     assert err.count("\n") == 1
-    assert "runs/tiny/model.heads=8,model.kv_heads=4" in out
+    assert "runs/tiny/model.heads=8+model.kv_heads=4" in out
 
 
 def test_a_sweep_over_recipes_uses_their_names(run: Run, tmp_path: Path) -> None:
@@ -348,11 +358,11 @@ def test_a_sweep_over_recipes_uses_their_names(run: Run, tmp_path: Path) -> None
         # What may change in a continued run does not name a job, unless the sweep is over it.
         (["seed=1,2", "trainer.max_steps=9"], ["seed=1", "seed=2"]),
         (["trainer.max_steps=8,9"], ["trainer.max_steps=8", "trainer.max_steps=9"]),
-        (["seed=1,2", "quant=none"], ["seed=1,quant=none", "seed=2,quant=none"]),
+        (["seed=1,2", "quant=none"], ["seed=1+quant=none", "seed=2+quant=none"]),
         (["seed=range(1,3)"], ["seed=1", "seed=2"]),
         (["schedule=choice(wsd,cosine)"], ["schedule=wsd", "schedule=cosine"]),
         (["data.corpus.path=a/b,c"], ["data.corpus.path=a_b", "data.corpus.path=c"]),
-        (["optimizer.betas=[0.9,0.98],[0.9,0.9]"], ["optimizer.betas=_0.9,0.98", "optimizer.betas=_0.9,0.9"]),
+        (["optimizer.betas=[0.9,0.98],[0.9,0.9]"], ["optimizer.betas=_0.9_0.98", "optimizer.betas=_0.9_0.9"]),
         (["+recipe=tiny,small"], ["", ""]),
     ],
 )

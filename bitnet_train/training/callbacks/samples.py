@@ -1,5 +1,6 @@
 """Texts on the way, in samples.md."""
 
+import re
 from pathlib import Path
 
 import lightning as L
@@ -43,6 +44,9 @@ def cut_samples(path: Path, after_step: int) -> None:
     """Drop the sections of steps past ``after_step``, which a continued run writes again."""
     if not path.exists():
         return
-    sections = path.read_text().split(HEADING)
-    kept = [s for s in sections[1:] if (number := s.partition("\n")[0]).isdigit() and int(number) <= after_step]
-    path.write_text("".join(HEADING + section for section in kept))
+    text = path.read_text()
+    # A heading is followed by a fence; sampled text that looks like one is inside.
+    for heading in re.finditer(rf"^{HEADING}(\d+)\n\n````text$", text, flags=re.MULTILINE):
+        if int(heading[1]) > after_step:
+            path.write_text(text[: heading.start()])
+            return
