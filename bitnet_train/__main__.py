@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import product
@@ -56,6 +57,8 @@ def answer(arguments: list[str]) -> int:
         if not flags.multirun:
             job = compose_job(others, flags.overrides, catalogue)
             return 0 if job is None else run_job(job, catalogue)
+        if any(line.startswith(("hydra/launcher=", "hydra/sweeper=")) for line in flags.overrides):
+            return _hydra_sweep(others, flags.overrides, catalogue)
         others = [argument for argument in others if argument not in ("-m", "--multirun")]
         return _sweep(others, flags.overrides, catalogue)
     except BitnetTrainError as error:
@@ -113,8 +116,6 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
 
     Raises HydraException or OmegaConfBaseException, which :func:`explain` puts into words.
     """
-    import hydra
-
     settle(catalogue, {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)})
     jobs = []
 
@@ -122,13 +123,19 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
         recipe = HydraConfig.get().runtime.choices.get("recipe")
         jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name))
 
-    # Hydra's parser takes the overrides in one piece only.
+    _hydra_main(keep, others, overrides)
+    return jobs[0] if jobs else None
+
+
+def _hydra_main(task: Callable[[DictConfig], None], others: list[str], overrides: list[str]) -> None:
+    """Hydra's own entry on this command line. (Its parser takes the overrides in one piece only.)"""
+    import hydra
+
     before, sys.argv = sys.argv, [sys.argv[0], *others, *overrides]
     try:
-        hydra.main(config_path=str(config_folder("conf")), config_name="config", version_base="1.3")(keep)()
+        hydra.main(config_path=str(config_folder("conf")), config_name="config", version_base="1.3")(task)()
     finally:
         sys.argv = before
-    return jobs[0] if jobs else None
 
 
 def _sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int:
@@ -138,18 +145,47 @@ def _sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int
     code = 0
     for job in jobs:
         assert job is not None
-        try:
-            last = run_job(job, catalogue)
-        except BitnetTrainError as error:
-            _say(f"{' '.join(job.overrides)}: {error}")
-            last = error.exit_code
-        except OmegaConfBaseException as error:
-            _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
-            last = 2
+        last = _job_of_many(job, catalogue)
         code = max(code, last)
         if last in (130, 143):
             break
     return code
+
+
+def _job_of_many(job: Job, catalogue: Catalogue) -> int:
+    """Run a job of a sweep; what is wrong with it is said with its overrides and does not end the sweep."""
+    try:
+        return run_job(job, catalogue)
+    except BitnetTrainError as error:
+        _say(f"{' '.join(job.overrides)}: {error}")
+        return error.exit_code
+    except OmegaConfBaseException as error:
+        _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
+        return 2
+
+
+def _hydra_sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int:
+    """A sweep by a launcher or sweeper that the command line names: Hydra's own loop makes the jobs and starts them."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    fixed = {line.lstrip("+").partition("=")[0]: line.partition("=")[2] for line in overrides}
+    settle(catalogue, {key: value for key, value in fixed.items() if key not in swept})
+    codes: list[int] = []
+
+    def job(node: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        recipe = hydra_config.runtime.choices.get("recipe")
+        lines = list(hydra_config.overrides.task)
+        one = Job(node, None if recipe is None else str(recipe), lines, job_name(lines, swept))
+        codes.append(_job_of_many(one, catalogue))
+        if codes[-1] in (130, 143):
+            raise KeyboardInterrupt
+
+    try:
+        _hydra_main(job, others, overrides)
+    except KeyboardInterrupt:
+        codes.append(130)
+    return max(codes, default=0)
 
 
 def run_job(job: Job, catalogue: Catalogue) -> int:

@@ -16,7 +16,8 @@ from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
-from bitnet_train.nn.config import INIT_CONFIGS, ResidualDtype, check_decoder, check_init
+from bitnet_train.kernels.config import check_kernels
+from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
 from bitnet_train.nn.layout import check_spec
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.checks import check_training
@@ -111,6 +112,7 @@ def validate(cfg: Config) -> None:
             f"model.vocab={cfg.model.vocab} is smaller than data.tokenizer.vocab_size={cfg.data.tokenizer.vocab_size}: "
             "raise it, or leave it out to follow the tokenizer."
         )
+    check_kernels(cfg.kernels)
     check_training(cfg)
     check_formats(cfg.export, cfg.model, spec)
     if set(cfg.resume) != {"from"}:
@@ -123,11 +125,6 @@ def validate(cfg: Config) -> None:
     if cfg.evaluate.window is not None and not 1 <= cfg.evaluate.window <= cfg.model.context:
         raise ConfigError(
             f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}."
-        )
-    if cfg.trainer.precision == "32-true" and cfg.model.residual_dtype is not ResidualDtype.float32:
-        raise ConfigError(
-            f"model.residual_dtype={cfg.model.residual_dtype.value} with trainer.precision=32-true would compute in "
-            f"{cfg.model.residual_dtype.value}: use trainer.precision=bf16-mixed, or a float32 residual stream."
         )
 
 

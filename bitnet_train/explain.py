@@ -45,8 +45,8 @@ def check_overrides(overrides: list[str], catalogue: Catalogue, sweeping: bool) 
         key = override.key_or_group
         if not key:
             raise ConfigError(f"'{line}' is not a setting: write key=value, or see --help.")
-        if key in ("hydra/sweeper", "hydra/launcher"):
-            raise ConfigError(f"{key} cannot be chosen: the jobs of a sweep run one after the other in this process.")
+        if key in ("hydra/sweeper", "hydra/launcher") and not sweeping:
+            raise ConfigError(f"{key} is for sweeps: add -m.")
         if key.startswith("hydra"):
             continue
         if key == "recipe" and not override.is_add() and not override.is_force_add():

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitnet_train.errors import ConfigError, did_you_mean
+from bitnet_train.errors import ConfigError
+from bitnet_train.kernels.config import unknown_backend
 from bitnet_train.quant.activations import TokenCodes
 
 
@@ -62,10 +63,7 @@ def choose_backend(device: torch.device | str, wanted: str = "auto") -> BackendC
     device = torch.device(device)
     if wanted != "auto":
         if wanted not in BACKENDS:
-            known = ", ".join(["auto", *BACKENDS])
-            raise ConfigError(
-                f"kernels.backend={wanted} does not exist; choose one of {known}.{did_you_mean(wanted, BACKENDS)}"
-            )
+            raise unknown_backend(wanted, BACKENDS)
         obstacle = BACKENDS[wanted].unsupported(device)
         if obstacle:
             raise ConfigError(f"kernels.backend={wanted} cannot run here: {obstacle}. Use kernels.backend=auto.")

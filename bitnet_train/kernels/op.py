@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.kernels.backend import Backend, choose_backend, register_backend
@@ -159,10 +158,3 @@ class _WeightOnlyLinear(torch.autograd.Function):
                 grad_w = grad.to(ctx.dtype).t() @ x
             grad_masters = list(_split_rows(grad_w, grad_masters, ctx.shapes))
         return grad_x, None, None, None, None, *grad_masters
-
-
-def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
-    """The unquantised counterpart: ``linear(rms_norm(x))``, under autocast if it is on. x (..., K) -> (..., N)."""
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, norm_eps)[0]
-    return F.linear(x.to(compute_dtype(weight)), weight, bias)

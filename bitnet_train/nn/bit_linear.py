@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import Backend
-from bitnet_train.kernels.op import bit_linear, compute_dtype, float_linear
+from bitnet_train.kernels.op import bit_linear, compute_dtype
 from bitnet_train.nn.norm import RMSNorm
+from bitnet_train.quant.activations import rms_norm
 from bitnet_train.quant.spec import LayerQuant
 from bitnet_train.quant.weights import Codes, quantise_weight
 
@@ -22,7 +24,8 @@ class BitLinear(nn.Linear):
     """A drop-in for ``nn.Linear`` with quantised weights and 8-bit inputs.
 
     The parameters are those of ``nn.Linear``: ``weight`` (out, in) is the master weight that the optimizer updates,
-    ``bias`` (out,) is added after dequantisation. x (..., in) -> (..., out) in the autocast type or the type of x.
+    ``bias`` (out,) is added after dequantisation. x (..., in), of any float type -> (..., out) in the autocast type, or
+    the type of the weights without autocast.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
@@ -103,13 +106,16 @@ def shared_input_forward(
         y = bit_linear(
             x, codes, row_scale, [layer.weight for layer in group],
             norm_weight=norm_weight, norm_eps=norm_eps, activation_bits=bits, backend=backend,
+            out_dtype=compute_dtype(group[0].weight),
         )  # fmt: skip
         parts = torch.split(y, [layer.out_features for layer in group], dim=-1) if len(group) > 1 else (y,)
         for layer, part in zip(group, parts, strict=True):
             outputs[id(layer)] = part if layer.bias is None else part + layer.bias.to(part.dtype)
-    for plain in layers:
-        if not isinstance(plain, BitLinear):
-            outputs[id(plain)] = float_linear(x, plain.weight, plain.bias, norm_weight, norm_eps)
+    floats = [layer for layer in layers if not isinstance(layer, BitLinear)]
+    if floats:
+        # Normed and cast once however many layers read it: the dense twin deserves that as well.
+        normed = (x if norm is None else rms_norm(x, norm.weight, norm.eps)[0]).to(compute_dtype(floats[0].weight))
+        outputs |= {id(layer): F.linear(normed, layer.weight, layer.bias) for layer in floats}
     return [outputs[id(layer)] for layer in layers]
 
 
@@ -164,7 +170,7 @@ class SharedInput(nn.Module):
         return shared_input_forward(x, self.layers, self.norm_ref[0], self.backend, kept)
 
 
-def wide_enough(x: Tensor, activation: str) -> None:
-    """Raises ValueError when squared ReLU would run in float16, which it overflows."""
-    if activation == "relu2" and compute_dtype(x) is torch.float16:
+def wide_enough(gate: Tensor, activation: str) -> None:
+    """Raises ValueError when squared ReLU of ``gate`` would overflow its float16."""
+    if activation == "relu2" and gate.dtype is torch.float16:
         raise ValueError("squared ReLU overflows float16: run this model in bfloat16 or float32")

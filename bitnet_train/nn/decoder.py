@@ -88,8 +88,8 @@ class FeedForward(nn.Module):
         self.down = SharedInput((self.down_proj,), sub_norm, linear.backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide_enough(x, self.activation.value)
         gate, up = self.gate_up(x)
+        wide_enough(gate, self.activation.value)
         inner = F.silu(gate) if self.activation is Activation.silu else F.relu(gate).square()
         return self.down(inner * up)[0]
 

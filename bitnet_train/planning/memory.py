@@ -16,7 +16,7 @@ code buffers           1 per quantised parameter, 4 per quantised row
 compute-type copies    c per parameter of the head and of float linear layers, which autocast converts (0 in 32-true)
 quantised inputs       int8 codes, and 8 per token for scale and 1/rms: once for q, k, v, once for gate and up
 norm inputs            the residual before attention and FFN (r), the inner state before each sub-norm (c)
-float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state (per float layer)
+float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
 attention              rotated q and k, the v that lies inside the stacked q/k/v product, the output (all c), 4 per head
 FFN                    the stacked gate/up product, the activation and (relu2) its square (all c)
 head and loss          final state and normed state (float32), its copy (c), logits (c) and twice their float32 size
@@ -135,9 +135,8 @@ def _input_per_token(
 ) -> dict[str, int]:
     """What the layers reading one input save of it, bytes per token."""
     bits = {quant.activation_bits for quant in quants if quant.quantised}
-    # Every float layer norms for itself; weight-only layers share one norm.
-    floats = sum(not quant.quantised for quant in quants)
-    wide = floats + (None in bits)
+    # The float layers share one norm, the weight-only layers another.
+    wide = any(not quant.quantised for quant in quants) + (None in bits)
     codes = width + FLOAT32 * (2 if normed else 1) if 8 in bits else 0
     # The float32 input itself: once for all that keep it; a narrower one is kept as it is by the quantiser's norm, and
     # once more as float32 by every norm outside the quantiser.
@@ -145,8 +144,8 @@ def _input_per_token(
     if not normed:
         inputs_wide = 0 if kept or not wide else compute * width
     else:
-        per_layer = FLOAT32 + FLOAT32 * width + compute * width + (FLOAT32 * width if size != FLOAT32 else 0)
-        inputs_wide = wide * per_layer
+        per_norm = FLOAT32 + FLOAT32 * width + compute * width + (FLOAT32 * width if size != FLOAT32 else 0)
+        inputs_wide = wide * per_norm
     return {"quantised inputs": codes, "norm inputs": inputs, "float layers' inputs": inputs_wide}
 
 

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import BACKENDS, Backend
-from bitnet_train.kernels.op import bit_linear, compute_dtype, float_linear
+from bitnet_train.kernels.config import BACKEND_NAMES
+from bitnet_train.kernels.op import bit_linear, compute_dtype
+from bitnet_train.nn.bit_linear import shared_input_forward
+from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
 from bitnet_train.quant.spec import LayerQuant
 from bitnet_train.quant.weights import Codes, quantise_weight
@@ -391,10 +394,15 @@ def test_the_result_type_is_autocasts_or_the_inputs() -> None:
 
 
 def test_the_float_counterpart_is_linear_after_norm() -> None:
-    x, weight, bias, norm = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5), torch.rand(8)
-    assert torch.equal(float_linear(x, weight, bias, None, 0.0), F.linear(x, weight, bias))
-    expected = F.linear(F.rms_norm(x, (8,), norm, EPS), weight, bias)
-    assert torch.allclose(float_linear(x, weight, bias, norm, EPS), expected, rtol=1e-5, atol=1e-5)
+    x, layer, norm = torch.randn(3, 8), nn.Linear(8, 5), RMSNorm(8, EPS)
+    norm.weight.data.uniform_(0.5, 1.5)
+    assert torch.equal(shared_input_forward(x, [layer], None, None)[0], layer(x))
+    expected = layer(F.rms_norm(x, (8,), norm.weight, EPS))
+    assert torch.allclose(shared_input_forward(x, [layer], norm, None)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_names_known_to_the_configuration_are_the_registered_backends() -> None:
+    assert tuple(BACKENDS) == BACKEND_NAMES
 
 
 def test_torch_compile_gives_the_same_codes_and_gradients() -> None:
