@@ -105,7 +105,7 @@ def validate(cfg: Config) -> None:
     check_decoder(cfg.model)
     spec = build_spec(cfg.quant)
     check_spec(cfg.model, spec)
-    check_init(cfg.init)
+    check_init(cfg.init, cfg.model.norms)
     check_data(cfg.data, cfg.model.context)
     if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
         raise ConfigError(

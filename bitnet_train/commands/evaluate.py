@@ -7,7 +7,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bitnet_train.commands.console import make_console, print_table
-from bitnet_train.commands.sources import LoadedModel, load_model, open_run, read_text, validation_ids
+from bitnet_train.commands.sources import LoadedModel, load_model, open_run, read_text
 from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
@@ -69,5 +69,5 @@ def _texts(cfg: Config, model: LoadedModel) -> tuple[list[str], str, bool]:
             raise ConfigError(f"{cfg.run} lies in no run's folder and has no validation text: give evaluate.text=FILE.")
         cfg.run = str(parent)
         run = open_run(cfg)
-    ids = validation_ids(run.shards, run.manifest, cfg.data.validation_tokens)
+    ids = run.validation_ids(cfg, cfg.data.validation_tokens)
     return documents(ids, run.tokenizer), "the validation text", cfg.data.attend_within_documents

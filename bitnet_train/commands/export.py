@@ -11,7 +11,7 @@ from bitnet_train.commands.sources import OpenedRun, open_run
 from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError, VerificationError
 from bitnet_train.export.rules import fitting_formats
-from bitnet_train.export.verify import import_transformers
+from bitnet_train.export.verify import HeldOut, import_transformers
 from bitnet_train.export.writers import FORMATS
 
 MEGABYTE = 1_000_000
@@ -30,6 +30,7 @@ def run(cfg: Config) -> int:
         raise ConfigError(f"No export format can hold this model: {reasons}.")
     # Before anything is written: an export that cannot be verified is not worth the wait.
     import_transformers()
+    held_out = opened.held_out(cfg)
     folders = []
     for name in names:
         folder = opened.folder.exports / name
@@ -37,7 +38,7 @@ def run(cfg: Config) -> int:
         folders.append(folder)
         console.print(f"written: {folder} (step {opened.canonical.step}, {cfg.export.dtype.value})", markup=False)
     _print_sizes(cfg, opened, folders, console)
-    verify_all(cfg, opened, folders, console)
+    verify_all(cfg, opened, held_out, folders, console)
     return 0
 
 
@@ -53,9 +54,8 @@ def _print_sizes(cfg: Config, opened: OpenedRun, folders: list[Path], console: C
     print_table(console, table)
 
 
-def verify_all(cfg: Config, opened: OpenedRun, folders: list[Path], console: Console) -> None:
+def verify_all(cfg: Config, opened: OpenedRun, held_out: HeldOut, folders: list[Path], console: Console) -> None:
     """Verify each export with its consumer, print the reports; raises VerificationError when any failed."""
-    held_out = opened.held_out(cfg)
     failures = []
     for folder in folders:
         canonical = opened.at_step_of(folder, cfg)

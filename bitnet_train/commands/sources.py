@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitnet_train.config import Config
 from bitnet_train.data.prepare import shard_folder
-from bitnet_train.data.shards import MANIFEST, Manifest, TokenArray, load_manifest, verify_shards
+from bitnet_train.data.shards import MANIFEST, TokenArray, load_manifest, verify_shards
 from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import CanonicalCheckpoint, open_checkpoint
@@ -23,18 +23,36 @@ from bitnet_train.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run's last checkpoint in canonical form, its tokenizer, and the token shards that it was trained on."""
+    """A run's last checkpoint in canonical form, and its tokenizer."""
 
     folder: RunFolder
     canonical: CanonicalCheckpoint
     tokenizer: TextTokenizer
-    shards: Path
-    manifest: Manifest
 
     def held_out(self, cfg: Config) -> HeldOut:
         """The tokens that verification compares on: the first ``export.verify_tokens`` of the validation shards."""
-        ids = validation_ids(self.shards, self.manifest, cfg.export.verify_tokens)
+        ids = self.validation_ids(cfg, cfg.export.verify_tokens)
         return HeldOut(ids, cfg.data.sequence_length, cfg.generate.prompt)
+
+    def validation_ids(self, cfg: Config, limit: int | None) -> Tensor:
+        """The first ``limit`` + 1 ids of the validation shards, int64 (n,), so that ``limit`` are predicted; None: all.
+
+        Raises ConfigError when the run's token shards are gone or changed.
+        """
+        shards = shard_folder(cfg.data, Path(cfg.paths.data))
+        if not (shards / MANIFEST).is_file():
+            raise ConfigError(
+                f"The token shards of {self.folder.path}, {shards}, do not exist: work from the folder that it was "
+                "trained in, give paths.data=FOLDER, or make them again with command=prepare."
+            )
+        manifest = load_manifest(shards)
+        if self.canonical.fingerprint not in (None, manifest.fingerprint):
+            raise ConfigError(
+                f"{shards} does not hold the token shards that {self.folder.path} was trained on (fingerprints differ)."
+            )
+        verify_shards(shards, manifest, cfg.data.verify)
+        tokens = TokenArray(shards, manifest, "val")
+        return torch.from_numpy(tokens.slice(0, len(tokens) if limit is None else min(limit + 1, len(tokens))))
 
     def at_step_of(self, export: Path, cfg: Config) -> CanonicalCheckpoint:
         """The checkpoint that ``export`` says it was made from; the last one when it does not say.
@@ -57,7 +75,7 @@ class OpenedRun:
 
 
 def open_run(cfg: Config) -> OpenedRun:
-    """The run at ``cfg.run``. Raises ConfigError when it has no checkpoint or its token shards are gone or changed."""
+    """The run at ``cfg.run``. Raises ConfigError when it has no checkpoint or no tokenizer."""
     assert cfg.run is not None
     folder = RunFolder(Path(cfg.run))
     if not folder.config_file.is_file():
@@ -67,19 +85,7 @@ def open_run(cfg: Config) -> OpenedRun:
     if folder.last_checkpoint is None:
         raise ConfigError(f"The run {cfg.run} has saved no checkpoint yet: train it first.")
     canonical = open_checkpoint(folder.last_checkpoint, cfg.model, build_spec(cfg.quant))
-    shards = shard_folder(cfg.data, Path(cfg.paths.data))
-    if not (shards / MANIFEST).is_file():
-        raise ConfigError(
-            f"The token shards of {cfg.run}, {shards}, do not exist: work from the folder that it was trained in, "
-            "give paths.data=FOLDER, or make them again with command=prepare."
-        )
-    manifest = load_manifest(shards)
-    if canonical.fingerprint not in (None, manifest.fingerprint):
-        raise ConfigError(
-            f"{shards} does not hold the token shards that {cfg.run} was trained on (fingerprints differ)."
-        )
-    verify_shards(shards, manifest, cfg.data.verify)
-    return OpenedRun(folder, canonical, load_tokenizer(shards), shards, manifest)
+    return OpenedRun(folder, canonical, load_tokenizer(folder.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,6 @@ def place(cfg: Config) -> tuple[torch.device, Backend]:
     """Where models run, the GPU if there is one, and the kernel backend of the configuration for it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device, choose_backend(device, cfg.kernels.backend).backend
-
-
-def validation_ids(shards: Path, manifest: Manifest, limit: int | None) -> Tensor:
-    """The first ``limit`` + 1 ids of the validation shards, int64 (n,), so that ``limit`` are predicted; None: all."""
-    tokens = TokenArray(shards, manifest, "val")
-    return torch.from_numpy(tokens.slice(0, len(tokens) if limit is None else min(limit + 1, len(tokens))))
 
 
 def read_text(path: Path, key: str) -> str:

@@ -18,5 +18,5 @@ def run(cfg: Config) -> int:
     if missing or not there:
         absent = exports / missing[0] if missing else exports
         raise ConfigError(f"{absent} does not exist: export first with command=export run={cfg.run}.")
-    verify_all(cfg, opened, [exports / name for name in cfg.export.formats or there], console)
+    verify_all(cfg, opened, opened.held_out(cfg), [exports / name for name in cfg.export.formats or there], console)
     return 0

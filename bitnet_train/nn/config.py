@@ -96,6 +96,10 @@ class InitConfig:
     """Base of the initialisations; every subclass is an option of the ``init`` group."""
 
     name: str = MISSING
+    # What the gains of attn_sub_norm and ffn_sub_norm start at. Behind those norms the branches write to the residual
+    # stream at full strength from the first step, whatever the spread of o_proj and down_proj; a gain below 1 lets the
+    # embedding through. (The other norms' gains start at 1.)
+    sub_norm_gain: float = 1.0
 
 
 @dataclass
@@ -114,8 +118,12 @@ class DepthScaledInit(NormalInit):
     name: str = "depth_scaled"
 
 
-def check_init(cfg: InitConfig) -> None:
-    """Raises ConfigError for a spread that is not positive."""
+def check_init(cfg: InitConfig, norms: Norms) -> None:
+    """Raises ConfigError for a spread or gain that is not positive, or a gain of norms that the model does not have."""
+    if cfg.sub_norm_gain <= 0:
+        raise ConfigError(f"init.sub_norm_gain must be positive, it is {cfg.sub_norm_gain:g}.")
+    if cfg.sub_norm_gain != 1.0 and norms is Norms.pre:
+        raise ConfigError("init.sub_norm_gain has no effect with model.norms=pre, which has no sub-norms: remove it.")
     if isinstance(cfg, NormalInit) and not (cfg.std > 0 and (cfg.embedding_std is None or cfg.embedding_std > 0)):
         raise ConfigError(
             f"init.std and init.embedding_std must be positive, they are {cfg.std} and {cfg.embedding_std}."

@@ -6,7 +6,8 @@ parameter               distribution
 embedding, head         normal(0, embedding_std or std)
 linear layers           normal(0, std)
 o_proj, down_proj       depth_scaled: normal(0, std / sqrt(2 * layers))
-norm weights            1
+sub-norm weights        sub_norm_gain
+other norm weights      1
 biases                  0
 ======================  ================================================
 """
@@ -51,7 +52,8 @@ def init_weights(model: Decoder, cfg: InitConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            gain = cfg.sub_norm_gain if name.endswith("sub_norm.weight") else 1.0
+            parameter.fill_(0.0 if name.endswith("bias") else gain)
         else:
             std = INIT_STD[type(cfg)](cfg, name, model.cfg.layers)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -88,6 +88,7 @@ def train(
         console.print(line, markup=False)
 
     tokenizer = load_tokenizer(shards)
+    tokenizer.save(folder.tokenizer)  # The run outlives its shards.
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
     data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
     epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)

@@ -15,7 +15,7 @@ LAST = "last.ckpt"
 
 
 class RunFolder:
-    """``runs/<run_name>/``: config.yaml, provenance.json, checkpoints/, metrics.csv, samples.md, export/."""
+    """``runs/<run_name>/``: config, provenance, tokenizer/, checkpoints/, metrics.csv, samples.md, export/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,6 +24,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.csv"
         self.samples_file = path / "samples.md"
         self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
         self.exports = path / "export"
         self._lock: Any = None
 

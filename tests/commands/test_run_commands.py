@@ -12,6 +12,7 @@ from bitnet_train.commands import run as run_command
 from bitnet_train.config import Command, Config, to_yaml
 from bitnet_train.data.config import DataConfig
 from bitnet_train.data.prepare import prepare, shard_folder
+from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError, VerificationError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.export import verify
@@ -44,6 +45,7 @@ def config(tmp_path: Path, data_config: Callable[..., DataConfig]) -> Config:
     folder = Path(cfg.run)
     shutil.copyfile(folder / "checkpoints" / "step-00000007.ckpt", folder / "checkpoints" / "last.ckpt")
     (folder / "config.yaml").write_text(to_yaml(cfg))
+    load_tokenizer(shard_folder(cfg.data, Path(cfg.paths.data))).save(folder / "tokenizer")
     return cfg
 
 

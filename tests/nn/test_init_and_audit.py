@@ -9,7 +9,7 @@ from torch import nn
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.audit import audit
 from bitnet_train.nn.bit_linear import BitLinear
-from bitnet_train.nn.config import DecoderConfig, DepthScaledInit, InitConfig, NormalInit, check_init
+from bitnet_train.nn.config import DecoderConfig, DepthScaledInit, InitConfig, NormalInit, Norms, check_init
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder, init_weights
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
@@ -91,7 +91,18 @@ def test_unknown_and_impossible_inits_are_refused() -> None:
         init_weights(Decoder(CONFIG, QuantSpec()), Other(name="other"), 0)
     for bad in (NormalInit(std=0.0), DepthScaledInit(std=-1.0)):
         with pytest.raises(ConfigError, match=r"init\.std"):
-            check_init(bad)
+            check_init(bad, Norms.pre_sub)
+
+
+def test_the_gain_of_the_sub_norms_alone_can_start_elsewhere() -> None:
+    model = build_decoder(CONFIG, QuantSpec(), NormalInit(sub_norm_gain=0.25), 0)
+    gains = {name: set(p.tolist()) for name, p in model.named_parameters() if p.dim() == 1}
+    assert all(gain == ({0.25} if "sub_norm" in name else {1.0}) for name, gain in gains.items())
+    assert any("sub_norm" in name for name in gains)
+    with pytest.raises(ConfigError, match=r"sub_norm_gain must be positive"):
+        check_init(NormalInit(sub_norm_gain=0.0), Norms.pre_sub)
+    with pytest.raises(ConfigError, match=r"has no effect with model\.norms=pre"):
+        check_init(NormalInit(sub_norm_gain=0.5), Norms.pre)
 
 
 # --- audit ---
