@@ -54,7 +54,6 @@ MISTAKES = [
     (["+recipe=tiny", "model.heads=7"], ["model.heads=7 does not divide model.hidden=256"]),
     (["+recipe=tiny", "model.kv_heads=3"], ["model.kv_heads=3"]),
     (["+recipe=tiny", "model.residual_dtype=float16"], ["model.residual_dtype=float16", "relu2"]),
-    (["+recipe=tiny", "model.residual_dtype=bfloat16", "trainer.precision=32-true"], ["residual_dtype=bfloat16"]),
     (["+recipe=tiny", "model.norms=PRE"], ["model.norms=PRE", "pre_sub, pre"]),
     (["+recipe=tiny", "trainer.max_steps=abc"], ["trainer.max_steps must be a whole number, not 'abc'"]),
     (["+recipe=tiny", "trainer.max_steps=0"], ["trainer.max_steps is 0"]),
@@ -390,3 +389,12 @@ def test_the_program_exits_with_the_code_and_loads_nothing_heavy(tmp_path: Path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert time.monotonic() - start < 10, "0.6 s on an idle machine"
+
+
+def test_a_named_launcher_runs_the_sweep_through_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["-m", "hydra/launcher=basic", "+recipe=tiny", "command=estimate", "model.heads=4,7,8"]
+    assert answer(line) == 2  # 7 heads do not divide the width; the others ran
+    runs = tmp_path / "runs" / "tiny"
+    assert {path.name for path in runs.iterdir()} == {"model.heads=4", "model.heads=8", "multirun.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
