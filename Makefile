@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 demo: setup
 	$(BIN)/python -m bitnet_train +recipe=tiny
 	$(BIN)/python -m bitnet_train command=export run=runs/tiny
-	$(BIN)/python -m bitnet_train command=generate run=runs/tiny/export/hf-packed 'generate.prompt="import os\n\ndef "' generate.max_new_tokens=96
+	$(BIN)/python -m bitnet_train command=generate run=runs/tiny/export/hf-packed 'generate.prompt="class "' generate.temperature=0.6 generate.max_new_tokens=96
 	@echo
 	@echo "run:       runs/tiny (config.yaml, metrics.csv, samples.md, checkpoints/)"
 	@echo "export:    runs/tiny/export/hf-packed (load it with transformers.AutoModelForCausalLM)"
