@@ -33,6 +33,8 @@ def build_wandb(cfg: WandbLogger, run_name: str, folder: Path, config: dict[str,
         id=run_name.replace("/", "-"),
         resume=None if offline else "allow",
         offline=offline,
+        # Lightning only sets WANDB_MODE, which wandb has read by now.
+        mode="offline" if offline else None,
         save_dir=str(folder),
         tags=list(cfg.tags),
         config=config,
