@@ -117,8 +117,13 @@ def train(
         checkpoints,
         stop,
     ]
+    # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in whatever
+    # order its threads arrive in; PyTorch's deterministic mode does not. (Filling fresh memory is for debugging.)
+    deterministic = choices.device == "cpu"
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with _quiet_lightning():
         trainer = L.Trainer(
+            deterministic=deterministic,
             accelerator=choices.device,
             devices=1,
             precision=choices.precision,  # type: ignore[arg-type]

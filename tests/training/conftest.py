@@ -38,16 +38,22 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # One thread: a model this small only waits for a second one, and much longer when the machine is busy.
+        self.threads = "1"
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "bitnet_train", *SETTINGS, f"data.corpus.path={self.folder}/corpus", *arguments]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
         return subprocess.Popen(
-            self.command(*arguments), cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            # One thread: a model this small only waits for a second one, and much longer when the machine is busy.
-            env={**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            self.command(*arguments),
+            cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**environment, "OMP_NUM_THREADS": self.threads},
+        )
 
     def run(self, *arguments: str) -> tuple[int, str]:
         process = self.start(*arguments)

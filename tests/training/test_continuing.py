@@ -13,12 +13,15 @@ from tests.training.conftest import Workspace
     [
         pytest.param(("clip=percentile", "clip.min_history=3"), id="dynamic-clip"),
         pytest.param(("trainer.micro_batch=2", "data.workers=2"), id="accumulation-and-workers"),
+        # Two threads of compiled code: without deterministic mode they add the embedding's gradients in any order.
+        pytest.param(("trainer.compile=true", "trainer.micro_batch=4"), id="compiled-two-threads"),
     ],
 )
 def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
     workspace: Workspace, variant: tuple[str, ...]
 ) -> None:
     settings = (*variant, "trainer.max_steps=60")
+    workspace.threads = "2" if "trainer.compile=true" in variant else "1"
     code, output = workspace.run(*settings, "run_name=whole")
     assert code == 0, output
     process = workspace.start(*settings, "run_name=killed")
