@@ -123,7 +123,7 @@ def check_init(cfg: InitConfig, norms: Norms) -> None:
     if cfg.sub_norm_gain <= 0:
         raise ConfigError(f"init.sub_norm_gain must be positive, it is {cfg.sub_norm_gain:g}.")
     if cfg.sub_norm_gain != 1.0 and norms is Norms.pre:
-        raise ConfigError("init.sub_norm_gain has no effect with model.norms=pre, which has no sub-norms: remove it.")
+        raise ConfigError("init.sub_norm_gain has no effect with model.norms=pre, which has no sub-norms: set it to 1.")
     if isinstance(cfg, NormalInit) and not (cfg.std > 0 and (cfg.embedding_std is None or cfg.embedding_std > 0)):
         raise ConfigError(
             f"init.std and init.embedding_std must be positive, they are {cfg.std} and {cfg.embedding_std}."
