@@ -1,5 +1,6 @@
 """The Lightning data module: shards to batches, and the count of samples consumed."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from bitnet_train.data.windows import Windows
 from bitnet_train.errors import ConfigError
 
 VALIDATION_TOKENS_PER_BATCH = 8192
+
+
+def leave_signals_to_the_run(_: int) -> None:
+    """In a loader process: ignore what a terminal's Ctrl-C or a cluster's SIGTERM sends to the whole process group.
+
+    The run itself stops after its step and saves; it needs its loaders until then, and ends them by itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -47,7 +57,11 @@ class ShardDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         sampler = ConsumedBatchSampler(len(self.train_windows), self.micro_batch, self.seed, self.consumed)
         return DataLoader(
-            self.train_windows, batch_sampler=sampler, num_workers=self.cfg.workers, pin_memory=self._on_cuda()
+            self.train_windows,
+            batch_sampler=sampler,
+            num_workers=self.cfg.workers,
+            pin_memory=self._on_cuda(),
+            worker_init_fn=leave_signals_to_the_run,
         )
 
     def val_batches(self) -> list[list[int]]:

@@ -52,6 +52,7 @@ class Workspace:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # a process group of its own, as a terminal gives it
             env={**environment, "OMP_NUM_THREADS": self.threads},
         )
 
@@ -80,11 +81,13 @@ class Workspace:
         assert len({row["step"] for row in rows}) == len(rows)
         return {row["step"]: tuple(row[column] for column in columns) for row in rows}
 
-    def signal_at(self, process: subprocess.Popen[str], run: str, step: int, number: signal.Signals) -> str:
-        """Send a signal once the checkpoint of ``step`` lies there and training has gone on; what was printed."""
+    def signal_at(
+        self, process: subprocess.Popen[str], run: str, step: int, number: signal.Signals, group: bool = False
+    ) -> str:
+        """Send a signal (to the whole process group) once the checkpoint of ``step`` lies there; what was printed."""
         checkpoint = self.folder / "runs" / run / "checkpoints" / f"step-{step:08d}.ckpt"
         self._wait(lambda: checkpoint.exists() or process.poll() is not None)
-        process.send_signal(number)
+        (os.killpg if group else os.kill)(process.pid, number)
         return process.communicate(timeout=120)[0]
 
     @staticmethod

@@ -40,13 +40,16 @@ def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_and_stops_with_its_exit_code(
-    workspace: Workspace, number: signal.Signals, exit_code: int
+    workspace: Workspace, number: signal.Signals, exit_code: int, workers: int
 ) -> None:
-    settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50")
+    settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50", f"data.workers={workers}")
     process = workspace.start(*settings)
-    output = workspace.signal_at(process, "a", 50, number)
+    # Ctrl-C in a terminal and a cluster's SIGTERM reach the loader processes too.
+    output = workspace.signal_at(process, "a", 50, number, group=True)
     assert process.returncode == exit_code, output
+    assert "Traceback" not in output
     stopped_at = int(re.search(r"stopped at step (\d+)", output)[1])  # type: ignore[index]
     assert (workspace.folder / f"runs/a/checkpoints/step-{stopped_at:08d}.ckpt").exists()
     assert workspace.rows("a")[-1]["step"] == str(stopped_at)
