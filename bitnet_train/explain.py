@@ -29,9 +29,9 @@ TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or fals
 
 
 def quoted(line: str) -> str:
-    """The override with quotes where Hydra's grammar needs them: ``run=runs/tiny/seed=1`` is a path, not a riddle."""
+    """The override with quotes where Hydra's grammar needs them: ``run=runs/tiny/seed=1`` and ``~/texts`` are paths."""
     key, _, value = line.partition("=")
-    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}()$\\") else line
+    return f"{key}='{value}'" if set(value) & set("=~") and not set(value) & set("'\"[]{}()$\\") else line
 
 
 def check_overrides(overrides: list[str], catalogue: Catalogue, sweeping: bool) -> None:

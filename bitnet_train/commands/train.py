@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from bitnet_train.commands.console import make_console
 from bitnet_train.commands.prepare import ensure_prepared
@@ -17,17 +18,20 @@ def run(cfg: Config) -> int:
     console = make_console()
     assert cfg.run_name is not None
     folder = RunFolder(Path(cfg.paths.runs) / cfg.run_name)
-    fork = _fork_source(cfg)
+    fork = _fork_source(cfg, folder)
     folder.lock()
     saved = folder.saved_config()
     if saved is not None:
         check_continuation(saved, cfg, folder.config_file)
+        _check_same_fork(saved, cfg, folder)
     shards, manifest = ensure_prepared(cfg, console)
 
-    from bitnet_train.training.run import train
+    from bitnet_train.training.run import check_start, train
 
-    folder.save_config(to_yaml(cfg))
     start = folder.last_checkpoint or fork
+    if start is not None:
+        check_start(start, cfg, manifest)  # before this configuration becomes the folder's
+    folder.save_config(to_yaml(cfg))
     outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, console)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
@@ -45,12 +49,24 @@ def run(cfg: Config) -> int:
     return 0
 
 
-def _fork_source(cfg: Config) -> Path | None:
-    """The checkpoint that ``resume.from=RUN[@STEP]`` names. Raises ConfigError when it does not exist."""
+def _check_same_fork(saved: dict[str, Any], cfg: Config, folder: RunFolder) -> None:
+    """Raises ConfigError when ``resume.from`` would be ignored, because the run has checkpoints of its own."""
+    before, now = (saved.get("resume") or {}).get("from"), cfg.resume["from"]
+    if folder.last_checkpoint is not None and now is not None and now != before:
+        raise ConfigError(
+            f"{folder.path} has checkpoints of its own and goes on from its last one, so resume.from={now} would do "
+            "nothing: leave it out, or fork into a new run with run_name=NAME."
+        )
+
+
+def _fork_source(cfg: Config, folder: RunFolder) -> Path | None:
+    """The checkpoint that ``resume.from=RUN[@STEP]`` names. Raises ConfigError if it is missing or our own."""
     source = cfg.resume["from"]
     if source is None:
         return None
     run_folder, _, step = str(source).partition("@")
+    if Path(run_folder).resolve() == folder.path.resolve():
+        raise ConfigError(f"resume.from={source} is this run's own folder: give the fork a run_name of its own.")
     checkpoints = RunFolder(Path(run_folder)).checkpoints
     if step and not re.fullmatch(r"\d+", step):
         raise ConfigError(f"resume.from={source}: the part after @ must be a step number.")

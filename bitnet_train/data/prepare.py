@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from bitnet_train.data.config import DataConfig
+from bitnet_train.data.config import DataConfig, PretrainedTokenizer
 from bitnet_train.data.corpus import Corpus, Document, open_corpus
-from bitnet_train.data.shards import MANIFEST, Manifest, ShardWriter, load_manifest
+from bitnet_train.data.shards import MANIFEST, TOKENIZER_FILE, Manifest, ShardWriter, load_manifest, tokenizer_digest
 from bitnet_train.data.tokenizer import TextTokenizer, build_tokenizer
 from bitnet_train.errors import ConfigError
 
@@ -41,6 +41,17 @@ def shard_folder(cfg: DataConfig, root: Path) -> Path:
     return root / f"{cfg.corpus.name}-{cfg.tokenizer.name}{cfg.tokenizer.vocab_size}-{digest}"
 
 
+def _identity(cfg: DataConfig, corpus: Corpus) -> dict[str, str]:
+    """What the shards depend on beside the settings: the text, and a local tokenizer's file."""
+    identity = corpus.identity()
+    if isinstance(cfg.tokenizer, PretrainedTokenizer):
+        source = Path(cfg.tokenizer.source).expanduser()
+        file = source / TOKENIZER_FILE if source.is_dir() else source
+        if file.is_file():
+            identity["tokenizer"] = tokenizer_digest(file)
+    return identity
+
+
 def prepared(cfg: DataConfig, root: Path) -> Manifest | None:
     """The manifest of shards that were made from these settings and this text, or None when there are none yet.
 
@@ -50,11 +61,11 @@ def prepared(cfg: DataConfig, root: Path) -> Manifest | None:
     if not (folder / MANIFEST).is_file():
         return None
     manifest = load_manifest(folder)
-    current = open_corpus(cfg.corpus).identity()
+    current = _identity(cfg, open_corpus(cfg.corpus))
     if manifest.source["identity"] != current:
         raise ConfigError(
-            f"The text of data.corpus={cfg.corpus.name} has changed since {folder} was prepared: "
-            "prepare again with command=prepare data.rebuild=true."
+            f"The text of data.corpus={cfg.corpus.name} (or the tokenizer's file) has changed since {folder} "
+            "was prepared: prepare again with command=prepare data.rebuild=true."
         )
     return manifest
 
@@ -99,7 +110,7 @@ def _alive(pid: int) -> bool:
 
 
 def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
-    identity = corpus.identity()
+    identity = _identity(cfg, corpus)
     tokenizer = build_tokenizer(cfg.tokenizer, _training_texts(corpus, progress))
     if tokenizer.vocab_size > cfg.tokenizer.vocab_size:
         raise ConfigError(
@@ -119,7 +130,7 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
     source = {
         **source_settings(cfg),
         "identity": identity,
-        "tokenizer_digest": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer_digest": tokenizer_digest(folder / TOKENIZER_FILE),
     }
     manifest = Manifest(FORMAT_VERSION, source, {split: writer.finish() for split, writer in writers.items()})
     for split, name in (("train", "training"), ("val", "validation")):

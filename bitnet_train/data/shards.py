@@ -18,6 +18,8 @@ from bitnet_train.data.config import Verify
 from bitnet_train.errors import ConfigError
 
 MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+AGAIN = "Prepare again with command=prepare data.rebuild=true."
 FULL_VERIFY_LIMIT = 4 << 30
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 16
@@ -43,13 +45,19 @@ class Manifest:
     source: dict[str, Any]
     # "train" and "val" -> shards, tokens, documents and UTF-8 bytes of text.
     splits: dict[str, dict[str, Any]]
-    # Digest of all of the above: what a run remembers.
+    # Digest of the tokens and the tokenizer: what a run remembers. The same text prepared again, touched or moved, has
+    # the same fingerprint.
     fingerprint: str = field(default="")
+    # Digest of the whole manifest, against edits of it.
+    digest: str = field(default="")
 
     def compute_fingerprint(self) -> str:
-        """Digest of everything in the manifest but the fingerprint itself."""
-        content = {"version": self.version, "source": self.source, "splits": self.splits}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Digest of what training sees: the shards' content and the tokenizer."""
+        return _digest({"tokenizer": self.source.get("tokenizer_digest"), "splits": self.splits})
+
+    def compute_digest(self) -> str:
+        """Digest of everything in the manifest but this digest itself."""
+        return _digest({key: value for key, value in asdict(self).items() if key != "digest"})
 
     def shards(self, split: str) -> list[ShardInfo]:
         """The shard files of a split, in order."""
@@ -58,7 +66,12 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Writes manifest.json."""
         self.fingerprint = self.compute_fingerprint()
+        self.digest = self.compute_digest()
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -70,11 +83,16 @@ def load_manifest(folder: Path) -> Manifest:
         raise ConfigError(
             f"{path} is no readable manifest ({error}): prepare again with command=prepare data.rebuild=true."
         ) from None
-    if manifest.fingerprint != manifest.compute_fingerprint():
+    if manifest.digest != manifest.compute_digest():
         raise ConfigError(
-            f"{path} was edited: its fingerprint does not match. Prepare again with command=prepare data.rebuild=true."
+            f"{path} was edited: its digest does not match. Prepare again with command=prepare data.rebuild=true."
         )
     return manifest
+
+
+def tokenizer_digest(path: Path) -> str:
+    """SHA-256 of a tokenizer file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class ShardWriter:
@@ -141,19 +159,22 @@ def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
     Raises ConfigError for a missing, truncated or edited shard.
     """
     shards = [shard for split in manifest.splits for shard in manifest.shards(split)]
+    tokenizer = folder / TOKENIZER_FILE
+    wanted_tokenizer = manifest.source.get("tokenizer_digest")
+    if wanted_tokenizer is not None and (not tokenizer.is_file() or tokenizer_digest(tokenizer) != wanted_tokenizer):
+        raise ConfigError(f"The tokenizer {tokenizer} is missing or was edited. {AGAIN}")
     full = how is Verify.full or (how is Verify.auto and sum(s.bytes for s in shards) <= FULL_VERIFY_LIMIT)
-    again = "Prepare again with command=prepare data.rebuild=true."
     for shard in shards:
         path = folder / shard.file
         if not path.is_file():
-            raise ConfigError(f"The token shard {path} is missing. {again}")
+            raise ConfigError(f"The token shard {path} is missing. {AGAIN}")
         if path.stat().st_size != shard.bytes:
             raise ConfigError(
-                f"The token shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}. {again}"
+                f"The token shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}. {AGAIN}"
             )
         actual, wanted = (file_digest(path), shard.digest) if full else (sample_digest(path), shard.sample_digest)
         if actual != wanted:
-            raise ConfigError(f"The token shard {path} was edited: its digest does not match the manifest. {again}")
+            raise ConfigError(f"The token shard {path} was edited: its digest does not match the manifest. {AGAIN}")
     return "every byte" if full else "sizes and samples"
 
 

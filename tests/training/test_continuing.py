@@ -2,8 +2,10 @@
 
 import re
 import signal
+import time
 
 import pytest
+import torch
 
 from tests.training.conftest import Workspace
 
@@ -40,11 +42,10 @@ def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_and_stops_with_its_exit_code(
-    workspace: Workspace, number: signal.Signals, exit_code: int, workers: int
+    workspace: Workspace, number: signal.Signals, exit_code: int
 ) -> None:
-    settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50", f"data.workers={workers}")
+    settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50", "data.workers=2")
     process = workspace.start(*settings)
     # Ctrl-C in a terminal and a cluster's SIGTERM reach the loader processes too.
     output = workspace.signal_at(process, "a", 50, number, group=True)
@@ -91,6 +92,77 @@ def test_a_fork_starts_from_another_runs_checkpoint(workspace: Workspace) -> Non
     code, output = workspace.run(*fork[1:], "run_name=c", "resume.from=runs/a@4")
     assert code == 2
     assert "steps saved there: 3, 6" in output
+
+
+def test_another_micro_batch_on_the_way_changes_nothing_but_rounding(workspace: Workspace) -> None:
+    settings = ("schedule=constant", "trainer.max_steps=7", "trainer.micro_batch=4", "checkpoint.every_steps=null")
+    assert workspace.run(*settings, "run_name=whole")[0] == 0
+    for first, then in ((8, 2), (2, 4)):
+        run = f"run_name={first}-{then}"
+        short = (*settings[:1], "trainer.max_steps=3", f"trainer.micro_batch={first}")
+        assert workspace.run(*short, run)[0] == 0
+        code, output = workspace.run(*settings[:2], f"trainer.micro_batch={then}", run)
+        assert code == 0, output
+        whole, changed = workspace.rows("whole"), workspace.rows(run.removeprefix("run_name="))
+        assert [row["step"] for row in changed] == [row["step"] for row in whole]
+        for a, b in zip(whole, changed, strict=True):
+            for column in ("train/loss", "grad_norm"):
+                assert float(a[column]) == pytest.approx(float(b[column]), rel=0.02), (first, then, a["step"], column)
+
+
+def test_touched_or_moved_text_that_is_the_same_continues_after_preparing_again(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=2", "schedule=constant")[0] == 0
+    (workspace.folder / "corpus/00.txt").touch()
+    more = ("run_name=a", "trainer.max_steps=3", "schedule=constant")
+    code, output = workspace.run(*more)
+    assert code == 2
+    assert "prepare again with command=prepare data.rebuild=true" in output
+    assert workspace.run(*more, "command=prepare", "data.rebuild=true")[0] == 0
+    code, output = workspace.run(*more)
+    assert code == 0, output
+    (workspace.folder / "corpus/00.txt").write_text("another text\n" * 50)
+    assert workspace.run(*more, "command=prepare", "data.rebuild=true")[0] == 0
+    code, output = workspace.run("run_name=a", "trainer.max_steps=4", "schedule=constant")
+    assert code == 2
+    assert "trained on other token shards" in output
+
+
+def test_a_fork_that_does_not_fit_is_refused_and_leaves_no_configuration(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=3")[0] == 0
+    code, output = workspace.run("run_name=b", "trainer.max_steps=6", "resume.from=runs/a", "model.ffn=96")
+    assert code == 2
+    assert "is of another model: layers.0.mlp.gate_proj.weight" in output
+    assert not (workspace.folder / "runs/b/config.yaml").exists()
+    code, output = workspace.run("run_name=b", "trainer.max_steps=6", "resume.from=runs/a", "clip=percentile")
+    assert code == 0, output
+    code, output = workspace.run("run_name=a", "trainer.max_steps=6", "resume.from=runs/b")
+    assert code == 2
+    assert "checkpoints of its own" in output
+    code, output = workspace.run("run_name=a", "trainer.max_steps=6", "resume.from=runs/a@3")
+    assert code == 2
+    assert "own folder" in output
+
+
+def test_a_fork_counts_its_samples_from_where_it_began(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=3")[0] == 0
+    assert workspace.run("run_name=b", "trainer.max_steps=6", "resume.from=runs/a", "trainer.batch_tokens=512")[0] == 0
+    saved = torch.load(workspace.folder / "runs/b/checkpoints/last.ckpt", weights_only=True)
+    assert saved["ShardDataModule"]["consumed"] == 3 * 8 + 3 * 16
+
+
+def test_a_second_interrupt_stops_at_once_with_130(workspace: Workspace) -> None:
+    process = workspace.start(
+        "run_name=a", "trainer.max_steps=50", "trainer.batch_tokens=262144", "trainer.micro_batch=64"
+    )
+    metrics = workspace.folder / "runs/a/provenance.json"
+    workspace._wait(lambda: metrics.exists() or process.poll() is not None)
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
 
 
 def test_a_folder_in_use_is_refused(workspace: Workspace) -> None:
