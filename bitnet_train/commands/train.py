@@ -29,10 +29,10 @@ def run(cfg: Config) -> int:
     from bitnet_train.training.run import check_start, train
 
     start = folder.last_checkpoint or fork
-    if start is not None:
-        check_start(start, cfg, manifest)  # before this configuration becomes the folder's
+    # Before this configuration becomes the folder's.
+    first = check_start(start, cfg, manifest) if start is not None else 0
     folder.save_config(to_yaml(cfg))
-    outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, console)
+    outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, first, console)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
         console.print(f"{where}; the same command continues the run")

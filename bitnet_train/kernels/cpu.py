@@ -7,7 +7,7 @@ falls back to slower code with the same result.
 import torch
 from torch import Tensor
 
-from bitnet_train.kernels.reference import ReferenceBackend
+from bitnet_train.kernels.reference import ReferenceBackend, check_width
 
 
 class CpuBackend(ReferenceBackend):
@@ -21,10 +21,7 @@ class CpuBackend(ReferenceBackend):
         return None
 
     def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
-        if codes_x.shape[-1] * 128 >= 2**24:  # int32 would hold it, the float32 dequantisation would not
-            raise ValueError(
-                f"K={codes_x.shape[-1]} is too wide for an exact float32 product of codes (131,071 at most)"
-            )
+        check_width(codes_x)  # int32 would hold a wider one, the float32 dequantisation would not
         if codes_x.shape[-1] == 1:  # _int_mm (PyTorch 2.13) reads past the end of a single column
             return super().integer_product(codes_x, codes_w)
         return torch._int_mm(codes_x.contiguous(), codes_w.t())

@@ -6,6 +6,12 @@ from torch import Tensor
 from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
 
 
+def check_width(codes_x: Tensor) -> None:
+    """Raises ValueError when products of codes (M, K) can pass the integers that float32 holds."""
+    if codes_x.shape[-1] * 128 >= 2**24:
+        raise ValueError(f"K={codes_x.shape[-1]} is too wide for an exact float32 product of codes (131,071 at most)")
+
+
 class ReferenceBackend:
     """Float matmuls on integer codes.
 
@@ -29,10 +35,7 @@ class ReferenceBackend:
 
     def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
         """``codes_x @ codes_w.T`` (M, N), integers held in float32."""
-        if codes_x.shape[-1] * 128 >= 2**24:
-            raise ValueError(
-                f"K={codes_x.shape[-1]} is too wide for an exact float32 product of codes (131,071 at most)"
-            )
+        check_width(codes_x)
         # Autocast would run this matmul in bf16, whose result rounds integers above 256.
         with torch.autocast(codes_x.device.type, enabled=False):
             return codes_x.float() @ codes_w.float().t()

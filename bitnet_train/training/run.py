@@ -84,9 +84,11 @@ def train(
     shards: Path,
     manifest: Manifest,
     start: Path | None,
+    first: int,
     console: Console,
 ) -> TrainingOutcome:
-    """Train ``cfg`` in ``folder`` on prepared ``shards``, from checkpoint ``start`` or from new weights.
+    """Train ``cfg`` in ``folder`` on prepared ``shards``, from checkpoint ``start`` (of step ``first``, by
+    :func:`check_start`) or from new weights.
 
     Steps already done are not done again: metrics and samples past the checkpoint are cut, and the run goes on
     bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
@@ -95,7 +97,6 @@ def train(
     checked = verify_shards(shards, manifest, cfg.data.verify)
     tokens = manifest.splits["train"]["tokens"]
     console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
-    first = check_start(start, cfg, manifest) if start is not None else 0
     if first >= cfg.trainer.max_steps:
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)

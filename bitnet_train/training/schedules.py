@@ -163,3 +163,9 @@ def _check_stages(cfg: TwoStageSchedule, warm: int, total: int, key: str) -> Non
                 raise ConfigError(
                     f"{key}.stages[{number}].{name} has no effect while that shape is constant: remove it."
                 )
+        decays = (stage.weight_decay, stage.weight_decay_shape, stage.weight_decay_final)
+        if key == "weight_decay_schedule" and decays != (1.0, Shape.constant, None):
+            raise ConfigError(
+                f"{key}.stages[{number}]: here lr, shape and final are the weight decay's; weight_decay, "
+                "weight_decay_shape and weight_decay_final have no effect: remove them."
+            )

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from bitnet_train.commands import run as run_command
 from bitnet_train.config import Command, Config, to_yaml
@@ -21,16 +20,10 @@ from bitnet_train.quant.config import ActivationQuantConfig, QuantConfig, Weight
 from bitnet_train.quant.spec import build_spec
 from tests.export.conftest import edit_json, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Do = Callable[..., str]
 SHAPE = DecoderConfig(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, context=64, vocab=300)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -199,3 +199,12 @@ def test_impossible_schedules_are_refused(cfg: ScheduleConfig, said: str) -> Non
         check_schedule(cfg, TOTAL, "weight_decay_schedule")
     assert said in str(caught.value)
     assert "weight_decay_schedule" in str(caught.value)
+
+
+def test_a_stage_of_the_weight_decays_own_schedule_has_no_second_weight_decay() -> None:
+    good = TwoStageSchedule(stages=[StageConfig(share=0.5), StageConfig(share=0.5, lr=0.0, shape=Shape.constant)])
+    check_schedule(good, 100, "weight_decay_schedule")
+    bad = TwoStageSchedule(stages=[StageConfig(share=1.0, weight_decay=0.5)])
+    check_schedule(bad, 100)
+    with pytest.raises(ConfigError, match="have no effect"):
+        check_schedule(bad, 100, "weight_decay_schedule")

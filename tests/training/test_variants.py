@@ -35,6 +35,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_trains(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     monkeypatch.chdir(workspace.folder)
@@ -43,12 +44,9 @@ def test_a_variant_trains(workspace: Workspace, monkeypatch: pytest.MonkeyPatch,
     extra = ["run_name=v", f"trainer.max_steps={steps}", "samples.every_steps=6"]
     settings = [s for s in SETTINGS if not s.startswith("samples.every")]
     line = [*settings, corpus, *extra, *variant.split(" ")]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         assert answer(line) == 0
     finally:
-        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     with Path("runs/v/metrics.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
