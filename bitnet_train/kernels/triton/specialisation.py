@@ -20,7 +20,9 @@ class Specialisation:
     num_warps: int
     num_stages: int
     instruction: str | None = None  # "int8", "fp8", "bf16": tensor-core instruction family expected
-    quantiser: bool = False  # decides codes: no fma and no div.full in its PTX
+    # Decides codes: no fma.rn.f32 and no div.full in its PTX. (fma.rn.bf16x2 is what sm_80 and 86 have for adding two
+    # bf16 numbers, rounded once like the float32 sum and its cast, so it is allowed.)
+    quantiser: bool = False
     minimum: int = 80  # the first compute capability that has what the kernel needs, as 10 * major + minor
 
     def source(self) -> Any:
