@@ -66,9 +66,10 @@ def probe(ours: Decoder, theirs: Any, ids: Tensor) -> ProbeResult:
     pending: dict[str, tuple[Tensor, list[Tensor]]] = {}
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
 
-    def compare(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+    def compare(module: nn.Module, _: tuple[Any, ...], result_and_stream: tuple[list[Tensor], Tensor]) -> None:
         assert isinstance(module, SharedInput)
-        name, x, norm = names[id(module)], inputs[0], module.norm_ref[0]
+        outputs, x = result_and_stream
+        name, norm = names[id(module)], module.norm_ref[0]
         block, part = name.rsplit(".", 2)[0], name.rpartition(".")[2]
         normed = x if norm is None else _compare_norm(names[id(norm)], norm, theirs, x, result)
         for layer, output in zip(module.layers, outputs, strict=True):

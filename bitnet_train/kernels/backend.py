@@ -1,7 +1,7 @@
 """The interface that every backend of the quantise-matmul op fills, the registry, and the choice."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,13 +9,32 @@ from torch import Tensor
 from bitnet_train.errors import ConfigError
 from bitnet_train.kernels.config import unknown_backend
 from bitnet_train.quant.activations import TokenCodes
+from bitnet_train.quant.spec import LayerQuant
+from bitnet_train.quant.weights import Codes
+
+
+class Quantised(NamedTuple):
+    """What the input quantiser returns: the codes, what was normed and quantised (M, K), and the norm's 1/rms (M, 1)."""
+
+    codes: TokenCodes
+    stream: Tensor
+    rstd: Tensor | None
+
+
+class WeightCodes(NamedTuple):
+    """Weights as a matmul wants them: codes int8 (N, K), a float32 scale per row (N,), and the codes once more in the
+    layout of the backward (see :meth:`Backend.backward_layout`), or None."""
+
+    codes: Tensor
+    row_scale: Tensor
+    backward: Tensor | None = None
 
 
 class Backend(Protocol):
-    """Five pieces of arithmetic. ``M`` tokens, ``K`` inputs, ``N`` outputs; codes are int8, scales float32.
+    """The pieces of arithmetic. ``M`` tokens, ``K`` inputs, ``N`` outputs; codes are int8, scales float32.
 
-    The results of ``quantise`` and ``matmul`` are the same bit for bit in every backend; gradients agree within the
-    rounding of the type they are computed in.
+    The codes and ``matmul`` are the same bit for bit in every backend, given the same input; so are the codes that
+    low-precision gradients are rounded to. Everything else agrees within the rounding of its type.
     """
 
     name: str
@@ -23,20 +42,35 @@ class Backend(Protocol):
     def unsupported(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device``, or None when it can."""
 
-    def quantise(self, x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[TokenCodes, Tensor | None]:
-        """x (M, K), through an RMSNorm unless ``norm_weight`` is None, to codes; also the norm's 1/rms (M, 1)."""
+    def quantise_weight(
+        self, weight: Tensor, layer: LayerQuant, codes: Tensor | None = None, backward: Tensor | None = None
+    ) -> Codes:
+        """Codes and scale of a master weight (N, K); written into ``codes`` and ``backward`` when they are given.
 
-    def matmul(self, x: TokenCodes, codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """``(codes_x @ codes_w.T) * scale_x * row_scale`` -> (M, N) in ``out_dtype``."""
+        ``backward`` is this layer's part of a :meth:`backward_layout` buffer.
+        """
 
-    def grad_input(self, grad: Tensor, codes_w: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(grad * row_scale) @ codes_w`` -> (M, K), multiplied in ``dtype``."""
+    def backward_layout(self, codes_w: Tensor, dx: str) -> Tensor | None:
+        """The codes (N, K) in the layout that ``grad_input`` reads at precision ``dx``, or None when it takes them as
+        they are. Column ``n`` of the result is row ``n`` of the codes, so stacked layers are neighbouring columns."""
 
-    def grad_weight(self, grad: Tensor, x: TokenCodes, dtype: torch.dtype) -> Tensor:
-        """``grad.T @ (codes_x * scale_x)`` -> (N, K), multiplied in ``dtype``."""
+    def quantise(self, x: Tensor, delta: Tensor | None, norm_weight: Tensor | None, eps: float) -> Quantised:
+        """``x + delta`` (M, K) in the type of x, through an RMSNorm unless ``norm_weight`` is None, to codes."""
 
-    def grad_norm(self, grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-        """Backward of the RMSNorm: gradients of x (M, K) in float32 and of the norm's weight (K,)."""
+    def matmul(self, x: TokenCodes, w: WeightCodes, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """``(codes_x @ codes_w.T) * scale_x * row_scale + bias`` -> (M, N), float32 rounded once to ``out_dtype``."""
+
+    def grad_input(self, grad: Tensor, w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
+        """``(grad * row_scale) @ codes_w`` -> (M, K), with ``dx`` one of fp32, fp16, bf16, int8, fp8."""
+
+    def grad_weight(self, grad: Tensor, x: TokenCodes, dw: str) -> Tensor:
+        """``grad.T @ (codes_x * scale_x)`` -> (N, K), with ``dw`` one of fp32, fp16, bf16, int8."""
+
+    def grad_norm(
+        self, grad: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, grad_stream: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Backward of the RMSNorm, plus ``grad_stream`` that reaches the stream from elsewhere: the gradient of the
+        stream (M, K) in its type and of the norm's weight (K,) in float32."""
 
 
 BACKENDS: dict[str, Backend] = {}

@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor
 
+from bitnet_train.kernels.backend import Quantised, WeightCodes
 from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
+from bitnet_train.quant.gradients import (
+    FP8,
+    block_weight_gradient,
+    quantise_gradient_blocks,
+    quantise_gradient_rows,
+)
+from bitnet_train.quant.spec import LayerQuant
+from bitnet_train.quant.weights import Codes, quantise_weight
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def check_width(codes_x: Tensor) -> None:
@@ -24,39 +35,59 @@ class ReferenceBackend:
     def unsupported(self, device: torch.device) -> str | None:
         return None
 
-    def quantise(self, x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[TokenCodes, Tensor | None]:
-        if norm_weight is None:
-            return quantise_tokens(x), None
-        normed, rstd = rms_norm(x, norm_weight, eps)
-        return quantise_tokens(normed), rstd
+    def quantise_weight(
+        self, weight: Tensor, layer: LayerQuant, codes: Tensor | None = None, backward: Tensor | None = None
+    ) -> Codes:
+        fresh = quantise_weight(weight, layer)
+        if backward is not None:
+            backward.copy_(fresh.codes.t())
+        return fresh if codes is None else Codes(codes.copy_(fresh.codes), fresh.scale)
 
-    def matmul(self, x: TokenCodes, codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-        return self.dequantise(self.integer_product(x.codes, codes_w), x.scale, row_scale, out_dtype)
+    def backward_layout(self, codes_w: Tensor, dx: str) -> Tensor | None:
+        return None
+
+    def quantise(self, x: Tensor, delta: Tensor | None, norm_weight: Tensor | None, eps: float) -> Quantised:
+        stream = x if delta is None else (x.float() + delta.float()).to(x.dtype)
+        if norm_weight is None:
+            return Quantised(quantise_tokens(stream), stream, None)
+        normed, rstd = rms_norm(stream, norm_weight, eps)
+        return Quantised(quantise_tokens(normed), stream, rstd)
+
+    def matmul(self, x: TokenCodes, w: WeightCodes, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        check_width(x.codes)
+        product = self.integer_product(x.codes, w.codes) * x.scale * w.row_scale
+        return (product if bias is None else product + bias.float()).to(out_dtype)
 
     def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
-        """``codes_x @ codes_w.T`` (M, N), integers held in float32."""
-        check_width(codes_x)
+        """``codes_x @ codes_w.T`` (M, N), integers held in float32 or int32."""
         # Autocast would run this matmul in bf16, whose result rounds integers above 256.
         with torch.autocast(codes_x.device.type, enabled=False):
             return codes_x.float() @ codes_w.float().t()
 
-    @staticmethod
-    def dequantise(product: Tensor, scale_x: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """``product * scale_x * row_scale`` in float32, rounded once to ``out_dtype``."""
-        return (product * scale_x * row_scale).to(out_dtype)
-
-    def grad_input(self, grad: Tensor, codes_w: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        scaled = (grad.float() * row_scale).to(dtype)
+    def grad_input(self, grad: Tensor, w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
         with torch.autocast(grad.device.type, enabled=False):
-            return scaled @ codes_w.to(dtype)
+            if dx in FLOATS:
+                dtype = FLOATS[dx]
+                return ((grad.float() * w.row_scale).to(dtype) @ w.codes.to(dtype)).to(out_dtype)
+            codes = quantise_gradient_rows(grad, w.row_scale, torch.int8 if dx == "int8" else FP8)
+            if dx == "int8":
+                product = self.integer_product(codes.codes, w.codes.t())
+            else:
+                product = codes.codes.float() @ w.codes.float()
+            return (product * codes.scale).to(out_dtype)
 
-    def grad_weight(self, grad: Tensor, x: TokenCodes, dtype: torch.dtype) -> Tensor:
+    def grad_weight(self, grad: Tensor, x: TokenCodes, dw: str) -> Tensor:
         with torch.autocast(grad.device.type, enabled=False):
-            return grad.to(dtype).t() @ x.dequantise().to(dtype)
+            if dw in FLOATS:
+                return grad.to(FLOATS[dw]).t() @ x.dequantise().to(FLOATS[dw])
+            return block_weight_gradient(*quantise_gradient_blocks(grad, x.scale), x.codes)
 
-    def grad_norm(self, grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-        grad, x = grad.float(), x.float()
-        unit = x * rstd
+    def grad_norm(
+        self, grad: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, grad_stream: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        grad, unit = grad.float(), stream.float() * rstd
         grad_unit = grad * weight.float()
         grad_x = rstd * (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True))
-        return grad_x, (grad * unit).sum(0)
+        if grad_stream is not None:
+            grad_x = grad_x + grad_stream.float()
+        return grad_x.to(stream.dtype), (grad * unit).sum(0)

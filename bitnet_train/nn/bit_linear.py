@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_train.kernels.backend import Backend
-from bitnet_train.kernels.op import bit_linear, compute_dtype
+from bitnet_train.kernels.backend import Backend, WeightCodes, choose_backend
+from bitnet_train.kernels.op import bit_linear_residual, compute_dtype
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import rms_norm
-from bitnet_train.quant.spec import LayerQuant
-from bitnet_train.quant.weights import Codes, quantise_weight
+from bitnet_train.quant.spec import GradientPolicy, LayerQuant
+from bitnet_train.quant.weights import Codes
 
 
 class BitLinear(nn.Linear):
@@ -31,6 +31,7 @@ class BitLinear(nn.Linear):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         quant: scheme, threshold, groups and activation bits; ternary, one scale per tensor, 8 bits by default.
         backend: kernel backend; chosen by device when None.
+        gradient: precision of the gradient matmuls.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BitLinear(nn.Linear):
         *,
         quant: LayerQuant = LayerQuant(),  # noqa: B008  (frozen)
         backend: Backend | None = None,
+        gradient: GradientPolicy = GradientPolicy(),  # noqa: B008
     ) -> None:
         if not quant.quantised:
             raise ValueError("BitLinear needs a quantised scheme; use nn.Linear for float layers")
@@ -50,6 +52,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.quant = quant
         self.backend = backend
+        self.gradient = gradient
         self.codes: Tensor | None
         self.scale: Tensor | None
         self.register_buffer("codes", None, persistent=False)
@@ -77,10 +80,14 @@ class BitLinear(nn.Linear):
 
     def quantised(self) -> Codes:
         """Codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
-        return self.kept or quantise_weight(self.weight, self.quant)
+        return self.kept or self.choose_backend(self.weight.device).quantise_weight(self.weight, self.quant)
+
+    def choose_backend(self, device: torch.device) -> Backend:
+        """The given backend, or the automatic choice for ``device``."""
+        return self.backend or choose_backend(device).backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return shared_input_forward(x, [self], None, self.backend)[0]
+        return shared_input_forward(x, None, [self], None)[0][0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.quant}"
@@ -88,43 +95,52 @@ class BitLinear(nn.Linear):
 
 def shared_input_forward(
     x: Tensor,
+    delta: Tensor | None,
     layers: Sequence[nn.Linear],
     norm: RMSNorm | None,
-    backend: Backend | None,
-    kept: tuple[Tensor, Tensor] | None = None,
-) -> list[Tensor]:
-    """The outputs of ``layers`` for one input x (..., K), normed and quantised once.
+    kept: WeightCodes | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The outputs of ``layers`` for one input ``x + delta`` (..., K), normed and quantised once; and that sum.
 
-    ``kept`` holds stacked codes int8 (N, K) and row scales (N,) of the BitLinear layers among ``layers``; they are
-    derived here when it is None. Layers of different activation bits are separate calls; nn.Linear layers stay float.
+    ``kept`` holds the stacked codes (N, K) of the BitLinear layers among ``layers``; they are derived here when it is
+    None. Layers of different activation bits are separate calls; nn.Linear layers stay float.
     """
     norm_weight, norm_eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     outputs: dict[int, Tensor] = {}
     for bits in dict.fromkeys(layer.quant.activation_bits for layer in layers if isinstance(layer, BitLinear)):
         group = [layer for layer in layers if isinstance(layer, BitLinear) and layer.quant.activation_bits == bits]
-        codes, row_scale = kept if kept is not None else stack_codes(group)
-        y = bit_linear(
-            x, codes, row_scale, [layer.weight for layer in group],
-            norm_weight=norm_weight, norm_eps=norm_eps, activation_bits=bits, backend=backend,
-            out_dtype=compute_dtype(group[0].weight),
+        weights = kept if kept is not None else stack_codes(group)
+        y, x = bit_linear_residual(
+            x, delta, weights.codes, weights.row_scale, [layer.weight for layer in group], bias=_stack_biases(group),
+            norm_weight=norm_weight, norm_eps=norm_eps, activation_bits=bits, backend=group[0].backend,
+            out_dtype=compute_dtype(group[0].weight), gradient=group[0].gradient, backward_codes=weights.backward,
         )  # fmt: skip
+        delta = None
         parts = torch.split(y, [layer.out_features for layer in group], dim=-1) if len(group) > 1 else (y,)
-        for layer, part in zip(group, parts, strict=True):
-            outputs[id(layer)] = part if layer.bias is None else part + layer.bias.to(part.dtype)
+        outputs |= {id(layer): part for layer, part in zip(group, parts, strict=True)}
+    if delta is not None:
+        x = (x.float() + delta.float()).to(x.dtype)
     floats = [layer for layer in layers if not isinstance(layer, BitLinear)]
     if floats:
         # Normed and cast once however many layers read it: the dense twin deserves that as well.
         normed = (x if norm is None else rms_norm(x, norm.weight, norm.eps)[0]).to(compute_dtype(floats[0].weight))
         outputs |= {id(layer): F.linear(normed, layer.weight, layer.bias) for layer in floats}
-    return [outputs[id(layer)] for layer in layers]
+    return [outputs[id(layer)] for layer in layers], x
 
 
-def stack_codes(layers: Sequence[BitLinear]) -> tuple[Tensor, Tensor]:
+def stack_codes(layers: Sequence[BitLinear]) -> WeightCodes:
     """Codes int8 (N, K) and row scales float32 (N,) of ``layers``, stacked along the rows."""
     quantised = [layer.quantised() for layer in layers]
     if len(quantised) == 1:
-        return quantised[0].codes, quantised[0].row_scale()
-    return torch.cat([q.codes for q in quantised]), torch.cat([q.row_scale() for q in quantised])
+        return WeightCodes(quantised[0].codes, quantised[0].row_scale())
+    return WeightCodes(torch.cat([q.codes for q in quantised]), torch.cat([q.row_scale() for q in quantised]))
+
+
+def _stack_biases(layers: Sequence[BitLinear]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
 class SharedInput(nn.Module):
@@ -134,25 +150,28 @@ class SharedInput(nn.Module):
     them, and keeps the stacked codes when a :class:`CodeCache` asks it to.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], norm: RMSNorm | None, backend: Backend | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], norm: RMSNorm | None) -> None:
         super().__init__()
         # A tuple is not registered as submodules, so the parameters keep their one name in the state dict.
         self.layers = tuple(layers)
         self.norm_ref = (norm,)
-        self.backend = backend
         self.codes: Tensor | None
         self.row_scale: Tensor | None
-        self.register_buffer("codes", None, persistent=False)
-        self.register_buffer("row_scale", None, persistent=False)
+        self.backward_codes: Tensor | None
+        for name in self._derived:
+            self.register_buffer(name, None, persistent=False)
+
+    _derived = ("codes", "row_scale", "backward_codes")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_buffers": {"codes": None, "row_scale": None}}  # derived again, as in BitLinear
+        return self.__dict__ | {"_buffers": dict.fromkeys(self._derived)}  # derived again, as in BitLinear
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        row_scale = self.row_scale
+        row_scale, backward = self.row_scale, self.backward_codes
         super()._apply(fn, recurse)
         if row_scale is not None and self.codes is not None:
             self.row_scale = row_scale.to(self.codes.device)
+            self.backward_codes = None if backward is None else backward.to(self.codes.device)  # may be float8
         return self
 
     @property
@@ -165,9 +184,20 @@ class SharedInput(nn.Module):
         """Whether the quantised layers can be one matmul: they exist and agree on the activation bits."""
         return len({layer.quant.activation_bits for layer in self.bit_layers}) == 1
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        kept = (self.codes, self.row_scale) if self.codes is not None and self.row_scale is not None else None
-        return shared_input_forward(x, self.layers, self.norm_ref[0], self.backend, kept)
+    @property
+    def kept(self) -> WeightCodes | None:
+        """The stacked codes held as buffers, or None while they are derived in every forward."""
+        if self.codes is None or self.row_scale is None:
+            return None
+        return WeightCodes(self.codes, self.row_scale, self.backward_codes)
+
+    def keep(self, kept: WeightCodes | None) -> None:
+        """Hold these stacked codes as buffers from now on (None: derive them again). The caller keeps them fresh."""
+        self.codes, self.row_scale, self.backward_codes = (None, None, None) if kept is None else kept
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The layers' outputs for ``x + delta`` (..., K), and that sum in the type of x."""
+        return shared_input_forward(x, delta, self.layers, self.norm_ref[0], self.kept)
 
 
 def wide_enough(gate: Tensor, activation: str) -> None:

@@ -5,14 +5,16 @@ after every optimizer step and after loading a state dict, and by :meth:`CodeCac
 weights. Parameter version counters are not used: ``AdamW(fused=True)`` and edits through ``.data`` do not move them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitnet_train.nn.bit_linear import BitLinear, SharedInput
-from bitnet_train.quant.weights import Codes, quantise_weight
+from bitnet_train.kernels.backend import WeightCodes
+from bitnet_train.nn.bit_linear import BitLinear, SharedInput, stack_codes
+from bitnet_train.quant.weights import Codes
 
 
 @dataclass
@@ -44,8 +46,10 @@ class CodeCache:
         self.model = model
         self.statistics: CodeStatistics | None = None
         self._measure_next = False
-        self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
         self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
+        stacked = {id(layer) for shared in self._shared for layer in shared.bit_layers}
+        self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
+        self._single = [layer for layer in self._layers if id(layer) not in stacked]
         self._handles: list[Any] = [model.register_load_state_dict_post_hook(_refresh_loaded)]
         if optimizer is not None:
             self.attach(optimizer)
@@ -64,15 +68,17 @@ class CodeCache:
         self._measure_next = False
         zeros: list[Tensor] = []
         flips: list[Tensor] = []
-        for layer in self._layers:
-            fresh, kept = quantise_weight(layer.weight, layer.quant), layer.kept
+        for module in (*self._shared, *self._single):
+            before = module.codes.clone() if measure and module.codes is not None else None
+            if isinstance(module, SharedInput):
+                refresh_stack(module)
+            else:
+                refresh_layer(module)
+            assert module.codes is not None
             if measure:
-                zeros.append((fresh.codes == 0).sum())
-                if kept is not None:
-                    flips.append((fresh.codes != kept.codes).sum())
-            _keep_in_place(layer, fresh)
-        for shared in self._shared:
-            keep_stack(shared)
+                zeros.append((module.codes == 0).sum())
+                if before is not None:
+                    flips.append((module.codes != before.to(module.codes.device)).sum())
         if measure and zeros:
             none = torch.zeros_like(zeros[0])
             total = sum(layer.weight.numel() for layer in self._layers)
@@ -90,53 +96,68 @@ class CodeCache:
         for layer in self._layers:
             layer.keep(None)
         for shared in self._shared:
-            shared.codes = shared.row_scale = None
-
-
-def _keep_in_place(layer: BitLinear, fresh: Codes) -> None:
-    kept = layer.kept
-    if kept is not None and kept.codes.device == fresh.codes.device:
-        # In place: compiled graphs hold the buffers, and the codes may be views of a stack.
-        kept.codes.copy_(fresh.codes)
-        kept.scale.copy_(fresh.scale)
-    else:
-        layer.keep(fresh)
+            shared.keep(None)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _refresh_loaded(model: nn.Module, _: Any) -> None:
     """Refreshes the codes that ``model`` keeps; a plain function of the model, so that copies and pickles carry it."""
-    for layer in model.modules():
-        if isinstance(layer, BitLinear) and layer.kept is not None:
-            _keep_in_place(layer, quantise_weight(layer.weight, layer.quant))
-    for shared in model.modules():
-        if isinstance(shared, SharedInput) and shared.codes is not None:
-            keep_stack(shared)
+    stacked: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, SharedInput) and module.kept is not None:
+            refresh_stack(module)
+            stacked |= {id(layer) for layer in module.bit_layers}
+    for module in model.modules():
+        if isinstance(module, BitLinear) and module.kept is not None and id(module) not in stacked:
+            refresh_layer(module)
 
 
-@torch.no_grad()
-def keep_stack(shared: SharedInput) -> None:
-    """Bring the kept codes of the layers into the stacked buffers of ``shared``.
+def refresh_layer(layer: BitLinear) -> None:
+    """Bring the kept codes of a layer on its own up to its master weight, in place: compiled graphs hold the buffers."""
+    kept = layer.kept
+    if kept is None or kept.codes.device != layer.weight.device:
+        layer.keep(layer.choose_backend(layer.weight.device).quantise_weight(layer.weight, layer.quant))
+    else:
+        backend = layer.choose_backend(layer.weight.device)
+        kept.scale.copy_(backend.quantise_weight(layer.weight, layer.quant, kept.codes).scale)
 
-    The stack is allocated when it is missing or on another device; the layers' codes then become views of it, so that
-    later refreshes write straight into it. (Moving the model to a device undoes the views, never the values.)
+
+def refresh_stack(shared: SharedInput) -> None:
+    """Bring the stacked codes of ``shared`` up to the master weights, in place: compiled graphs hold the buffers.
+
+    The stack is allocated when it is missing or on another device. The layers' codes are views of it, so one write
+    serves both. (Moving the model to a device undoes the views; the next refresh makes them again.)
     """
+    device = shared.bit_layers[0].weight.device
+    if shared.codes is None or shared.codes.device != device:
+        _allocate(shared, device)
+    for layer, codes, row_scale, backward in _parts(shared):
+        kernels, kept = layer.choose_backend(device), layer.kept
+        fresh = kernels.quantise_weight(layer.weight, layer.quant, codes, backward)
+        if kept is not None and kept.codes.data_ptr() == codes.data_ptr() and kept.codes.device == device:
+            kept.scale.copy_(fresh.scale)
+        else:
+            layer.keep(Codes(codes, fresh.scale))
+        row_scale.copy_(fresh.row_scale())
+
+
+def _allocate(shared: SharedInput, device: torch.device) -> None:
     layers = shared.bit_layers
-    kept = [layer.quantised() for layer in layers]
-    if shared.codes is None or shared.codes.device != kept[0].codes.device:
-        shared.codes, shared.row_scale = torch.cat([k.codes for k in kept]), torch.cat([k.row_scale() for k in kept])
-        parts = torch.split(shared.codes, [layer.out_features for layer in layers])
-        for layer, k, part in zip(layers, kept, parts, strict=True):
-            layer.keep(Codes(part, k.scale))
-        return
-    assert shared.row_scale is not None
+    rows = sum(layer.out_features for layer in layers)
+    codes = torch.zeros(rows, layers[0].in_features, dtype=torch.int8, device=device)
+    dx, _ = layers[0].gradient.resolve("bf16")  # a float32 run reads no other layout
+    backward = layers[0].choose_backend(device).backward_layout(codes, dx) if layers[0].quant.activation_bits else None
+    shared.keep(WeightCodes(codes, torch.zeros(rows, device=device), backward))
+
+
+def _parts(shared: SharedInput) -> Iterator[tuple[BitLinear, Tensor, Tensor, Tensor | None]]:
+    """Each layer with its rows of the stack and of the row scales, and its columns of the backward layout."""
+    layers, stack = shared.bit_layers, shared.kept
+    assert stack is not None
     rows = [layer.out_features for layer in layers]
-    parts, scales = torch.split(shared.codes, rows), torch.split(shared.row_scale, rows)
-    for k, part, scale in zip(kept, parts, scales, strict=True):
-        if k.codes.data_ptr() != part.data_ptr():
-            part.copy_(k.codes)
-        scale.copy_(k.row_scale())
+    backward = [None] * len(rows) if stack.backward is None else torch.split(stack.backward, rows, dim=1)
+    return zip(layers, torch.split(stack.codes, rows), torch.split(stack.row_scale, rows), backward, strict=True)
 
 
 def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
@@ -156,4 +177,7 @@ def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
             layer.weight = nn.Parameter(given.scale.new_empty(0), requires_grad=False)
     for shared in model.modules():
         if isinstance(shared, SharedInput) and shared.stackable:
-            keep_stack(shared)
+            shared.keep(stack_codes(shared.bit_layers))
+            for layer, part, _, _ in _parts(shared):
+                assert layer.scale is not None
+                layer.keep(Codes(part, layer.scale))

@@ -11,12 +11,15 @@ Hugging Face without the leading ``model.``. Norm and activation quantiser are o
 once for gate/up.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.kernels.op import compute_dtype
+from bitnet_train.nn.attention import attention
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, wide_enough
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.kv_cache import KVCache
@@ -38,7 +41,17 @@ class LinearFactory:
         quant = self.spec.for_layer(f"layers.{self.layer}.{name}")
         if not quant.quantised:
             return nn.Linear(in_features, out_features, bias=False)
-        return BitLinear(in_features, out_features, bias=False, quant=quant, backend=self.backend)
+        return BitLinear(
+            in_features, out_features, bias=False, quant=quant, backend=self.backend, gradient=self.spec.gradient
+        )
+
+
+class Place(NamedTuple):
+    """Where the tokens are: rotary tables (tokens, head_dim), and a mask where plain causal attention will not do."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
 
 
 class Attention(nn.Module):
@@ -53,24 +66,26 @@ class Attention(nn.Module):
         self.o_proj = linear("self_attn.o_proj")
         sub_norm = RMSNorm(cfg.hidden, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
         self.attn_sub_norm = sub_norm
-        self.qkv = SharedInput((self.q_proj, self.k_proj, self.v_proj), input_norm, linear.backend)
-        self.out = SharedInput((self.o_proj,), sub_norm, linear.backend)
+        self.qkv = SharedInput((self.q_proj, self.k_proj, self.v_proj), input_norm)
+        self.out = SharedInput((self.o_proj,), sub_norm)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+        self, x: Tensor, delta: Tensor | None, place: Place, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """The attention's result for the stream ``x + delta``, and that stream."""
         batch, tokens, _ = x.shape
+        parts, stream = self.qkv(x, delta)
         q, k, v = (
-            part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in self.qkv(x)
+            part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in parts
         )  # each (batch, heads, tokens, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
         if cache is not None:
             k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
             k, v = k.to(q.dtype), v.to(q.dtype)
-        causal = mask is None and (cache is None or cache.length == 0)
-        grouped = self.cfg.kv_heads != self.cfg.heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))[0]
+        causal = place.mask is None and (cache is None or cache.length == 0)
+        y = attention(q, k, v, place.mask, causal)
+        (out,), _ = self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return out, stream
 
 
 class FeedForward(nn.Module):
@@ -84,18 +99,23 @@ class FeedForward(nn.Module):
         self.down_proj = linear("mlp.down_proj")
         sub_norm = RMSNorm(cfg.ffn, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
         self.ffn_sub_norm = sub_norm
-        self.gate_up = SharedInput((self.gate_proj, self.up_proj), input_norm, linear.backend)
-        self.down = SharedInput((self.down_proj,), sub_norm, linear.backend)
+        self.gate_up = SharedInput((self.gate_proj, self.up_proj), input_norm)
+        self.down = SharedInput((self.down_proj,), sub_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
+    def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The FFN's result for the stream ``x + delta``, and that stream."""
+        (gate, up), stream = self.gate_up(x, delta)
         wide_enough(gate, self.activation.value)
         inner = F.silu(gate) if self.activation is Activation.silu else F.relu(gate).square()
-        return self.down(inner * up)[0]
+        (out,), _ = self.down(inner * up)
+        return out, stream
 
 
 class Block(nn.Module):
-    """One transformer block: attention and FFN, each added to the residual stream."""
+    """One transformer block: attention and FFN, each added to the residual stream.
+
+    A sub-layer's result is added where the stream is read next, so that adding, norm and quantiser are one pass.
+    """
 
     def __init__(self, cfg: DecoderConfig, linear: LinearFactory) -> None:
         super().__init__()
@@ -105,10 +125,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        x = x + self.self_attn(x, cos, sin, mask, cache, layer).to(x.dtype)
-        return x + self.mlp(x).to(x.dtype)
+        self, x: Tensor, delta: Tensor | None, place: Place, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """The stream before this block's FFN, and the FFN's result that the next reader adds to it."""
+        attended, x = self.self_attn(x, delta, place, cache, layer)
+        result, x = self.mlp(x, attended)
+        return x, result
 
 
 class Decoder(nn.Module):
@@ -153,13 +175,13 @@ class Decoder(nn.Module):
         if start + tokens > self.cfg.context:
             raise ValueError(f"{start + tokens} tokens exceed model.context={self.cfg.context}")
         mask = _attention_mask(tokens, start, documents, ids.device, cache is not None)
-        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
-        x = self.embed_tokens(ids).to(self.residual_dtype)
+        place = Place(self.cos[start : start + tokens], self.sin[start : start + tokens], mask)
+        x, delta = self.embed_tokens(ids).to(self.residual_dtype), None
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cache, i)
+            x, delta = block(x, delta, place, cache, i)
         if cache is not None:
             cache.length += tokens
-        return self.norm(x)
+        return self.norm((x.float() + delta.float()).to(x.dtype))
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (batch, tokens) -> logits (batch, tokens, vocab) in the autocast type or the parameters' type."""

@@ -31,6 +31,24 @@ class ActivationQuantConfig:
     bits: int | None = 8
 
 
+class GradientPrecision(Enum):
+    """The type that one operand of a gradient matmul is rounded to."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+@dataclass
+class GradientConfig:
+    # dX = dY @ W: bf16; int8 or fp8 with one scale per token of dY; or auto: int8 in runs with 16-bit matmuls, float32 in
+    # float32 runs.
+    dx: GradientPrecision = GradientPrecision.auto
+    # dW = dY.T @ X: bf16; int8 with one scale per output and block of 128 tokens of dY; or auto: the run's own type.
+    dw: GradientPrecision = GradientPrecision.auto
+
+
 @dataclass
 class OverrideConfig:
     # Module-name pattern with * and ?, for example "layers.*.self_attn.o_proj" or "layers.0.*"; the last match wins.
@@ -47,5 +65,7 @@ class OverrideConfig:
 class QuantConfig:
     weight: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activation: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
+    # Precision of the two gradient matmuls of every quantised layer.
+    gradient: GradientConfig = field(default_factory=GradientConfig)
     # Exceptions by module name, for layers that stay float or use another scheme.
     overrides: list[OverrideConfig] = field(default_factory=list)

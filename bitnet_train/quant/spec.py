@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.quant.config import OverrideConfig, QuantConfig, WeightScheme
+from bitnet_train.quant.config import GradientPrecision, OverrideConfig, QuantConfig, WeightScheme
 
 # How many 2-bit codes a packed byte holds, and so what the rows of a packed matrix must be a multiple of.
 CODES_PER_BYTE = 4
@@ -58,11 +58,36 @@ FLOAT = LayerQuant(scheme="float", activation_bits=None)
 
 
 @dataclass(frozen=True)
+class GradientPolicy:
+    """Types of the two gradient matmuls: ``auto``, ``bf16``, ``int8`` or (dX only) ``fp8``.
+
+    What int8 and fp8 mean is in :mod:`bitnet_train.quant.gradients`. ``auto`` depends on the type of the other matmuls
+    only, never on the device, so that a run computes the same wherever it is continued.
+    """
+
+    dx: str = "auto"
+    dw: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value in (("dx", self.dx), ("dw", self.dw)):
+            if value not in GradientPrecision.__members__:
+                raise ConfigError(f"quant.gradient.{name} is {value!r}; use auto, bf16, int8 or fp8.")
+        if self.dw == "fp8":
+            raise ConfigError("quant.gradient.dw=fp8 is not supported: 8-bit codes of x are not exact in fp8; use int8.")
+
+    def resolve(self, compute: str) -> tuple[str, str]:
+        """dX and dW without ``auto``, for other matmuls in ``compute``: bf16, fp16, fp32 or fp64."""
+        dx = ("int8" if compute in ("bf16", "fp16") else compute) if self.dx == "auto" else self.dx
+        return dx, compute if self.dw == "auto" else self.dw
+
+
+@dataclass(frozen=True)
 class QuantSpec:
     """The default quantisation of every linear layer of the blocks, and exceptions by module-name pattern."""
 
     default: LayerQuant = LayerQuant()
     overrides: tuple[tuple[str, LayerQuant], ...] = ()
+    gradient: GradientPolicy = GradientPolicy()
 
     def for_layer(self, name: str) -> LayerQuant:
         """The quantisation of the layer called ``name``; the last matching override wins."""
@@ -93,7 +118,14 @@ def build_spec(cfg: QuantConfig) -> QuantSpec:
             "input of quantised layers; use quant=none, or set quant.activation.bits=null."
         )
     default = LayerQuant(weight.scheme.value, weight.threshold, weight.groups, cfg.activation.bits)
-    return QuantSpec(default, tuple((o.pattern, _overridden(default, o)) for o in cfg.overrides))
+    gradient = GradientPolicy(cfg.gradient.dx.value, cfg.gradient.dw.value)
+    spec = QuantSpec(default, tuple((o.pattern, _overridden(default, o)) for o in cfg.overrides), gradient)
+    layers = (default, *(layer for _, layer in spec.overrides))
+    if gradient != GradientPolicy() and not spec.quantised:
+        raise ConfigError("quant.gradient acts on quantised layers only, and this model has none: remove it.")
+    if gradient.dw == "int8" and any(layer.quantised and layer.activation_bits is None for layer in layers):
+        raise ConfigError("quant.gradient.dw=int8 needs 8-bit inputs: set quant.activation.bits=8 or remove it.")
+    return spec
 
 
 def _overridden(default: LayerQuant, override: OverrideConfig) -> LayerQuant:

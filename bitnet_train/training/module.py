@@ -40,7 +40,7 @@ class PretrainingModule(L.LightningModule):
     def _batch_loss(self, ids: Tensor) -> Tensor:
         inputs, targets = ids[:, :-1], ids[:, 1:]
         documents = None if self.bos_id is None else document_numbers(inputs, self.bos_id)
-        return self.loss(self.decoder(inputs, documents), targets)
+        return self.loss(self.decoder.hidden_states(inputs, documents), self.decoder.head_weight, targets)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._compute(batch)

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_train.kernels.backend import BACKENDS, Backend
+from bitnet_train.kernels.backend import BACKENDS, Backend, WeightCodes
 from bitnet_train.kernels.config import BACKEND_NAMES
 from bitnet_train.kernels.op import bit_linear, compute_dtype
 from bitnet_train.nn.bit_linear import shared_input_forward
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
-from bitnet_train.quant.spec import LayerQuant
+from bitnet_train.quant.spec import GradientPolicy, LayerQuant
 from bitnet_train.quant.weights import Codes, quantise_weight
 
 CPU = torch.device("cpu")
@@ -124,7 +124,8 @@ def test_bf16_gradients_are_within_bf16_rounding(backend: Backend, normed: bool,
     grad = torch.randn(40, 64)
     with torch.autocast("cpu", torch.bfloat16):
         y = bit_linear(mine[0], codes.codes, codes.row_scale(), [mine[1]], norm_weight=mine[2] if normed else None,
-                       norm_eps=EPS, activation_bits=bits, backend=backend)  # fmt: skip
+                       norm_eps=EPS, activation_bits=bits, backend=backend,
+                       gradient=GradientPolicy("bf16", "bf16"))  # fmt: skip
     assert y.dtype is torch.bfloat16
     y.backward(grad.bfloat16())
     textbook(*theirs[:2], layer, theirs[2] if normed else None).backward(grad.double())
@@ -283,7 +284,7 @@ def test_the_widest_exact_product_is_exact_and_wider_ones_are_refused(backend: B
     y = bit_linear(x * 0 + 127.0, codes, torch.ones(2), [None], backend=backend)
     assert y.tolist() == [[127.0 * k, -127.0]] * 2
     lowest = TokenCodes(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1))
-    assert backend.matmul(lowest, codes[:1], torch.ones(1), torch.float32).item() == -128 * k
+    assert backend.matmul(lowest, WeightCodes(codes[:1], torch.ones(1)), None, torch.float32).item() == -128 * k
     with pytest.raises(ValueError, match="131,071"):
         bit_linear(torch.ones(2, k + 1), torch.ones(2, k + 1, dtype=torch.int8), torch.ones(2), [None], backend=backend)
 
@@ -396,9 +397,9 @@ def test_the_result_type_is_autocasts_or_the_inputs() -> None:
 def test_the_float_counterpart_is_linear_after_norm() -> None:
     x, layer, norm = torch.randn(3, 8), nn.Linear(8, 5), RMSNorm(8, EPS)
     norm.weight.data.uniform_(0.5, 1.5)
-    assert torch.equal(shared_input_forward(x, [layer], None, None)[0], layer(x))
+    assert torch.equal(shared_input_forward(x, None, [layer], None)[0][0], layer(x))
     expected = layer(F.rms_norm(x, (8,), norm.weight, EPS))
-    assert torch.allclose(shared_input_forward(x, [layer], norm, None)[0], expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(shared_input_forward(x, None, [layer], norm)[0][0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_names_known_to_the_configuration_are_the_registered_backends() -> None:

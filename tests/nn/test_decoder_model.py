@@ -249,7 +249,7 @@ def test_the_residual_stream_has_the_stated_type(residual: ResidualDtype, autoca
     model, exact = make(spec, residual_dtype=residual), make(spec)
     seen = []
     for block in model.layers:
-        block.register_forward_hook(lambda *args: seen.append((args[1][0].dtype, args[2].dtype)))
+        block.register_forward_hook(lambda *args: seen.append((args[1][0].dtype, args[2][0].dtype)))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(ids())
     wanted = getattr(torch, residual.value)

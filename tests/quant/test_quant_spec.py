@@ -17,7 +17,7 @@ Ternary, Binary, Float = WeightScheme.ternary, WeightScheme.binary, WeightScheme
 
 
 def spec(*overrides: OverrideConfig, bits: int | None = 8, **weight: object) -> QuantSpec:
-    return build_spec(QuantConfig(WeightQuantConfig(**weight), ActivationQuantConfig(bits), list(overrides)))  # type: ignore[arg-type]
+    return build_spec(QuantConfig(WeightQuantConfig(**weight), ActivationQuantConfig(bits), overrides=list(overrides)))  # type: ignore[arg-type]
 
 
 def test_the_default_is_the_papers() -> None:

@@ -134,24 +134,28 @@ def quantise_long_tokens_kernel(
 ):  # fmt: skip
     """One row wider than registers hold: sum of squares, largest magnitude and codes in a pass each."""
     row = tl.program_id(0).to(tl.int64)
-    x_row, delta_row = row * x_stride, row * delta_stride
+    x += row * x_stride
+    codes += row * width
+    if delta is not None:
+        delta += row * delta_stride
+        stream += row * width
     columns = tl.arange(0, BLOCK)
     # Every pass computes the sum again: reading back what other threads of the program wrote would need a barrier.
     if delta is not None or weight is not None:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, width, BLOCK):
             at = start + columns
-            value = load_tokens(x, delta, stream, x_row + at, delta_row + at, at < width)
+            value = load_tokens(x, delta, stream, at, at, at < width)
             squares += value * value
             if delta is not None:
-                tl.store(stream + row * width + at, value.to(stream.dtype.element_ty), mask=at < width)
+                tl.store(stream + at, value.to(stream.dtype.element_ty), mask=at < width)
         if weight is not None:
             reciprocal = reciprocal_rms(tl.sum(squares, axis=0), width, eps)
             tl.store(rstd + row, reciprocal)
     largest = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, width, BLOCK):
         at = start + columns
-        value = load_tokens(x, delta, stream, x_row + at, delta_row + at, at < width)
+        value = load_tokens(x, delta, stream, at, at, at < width)
         if weight is not None:
             value = value * reciprocal * tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, magnitude_bits(value))
@@ -161,10 +165,10 @@ def quantise_long_tokens_kernel(
     tl.store(scale + row, direct_scale(absmax, bits, LARGEST))
     for start in range(0, width, BLOCK):
         at = start + columns
-        value = load_tokens(x, delta, stream, x_row + at, delta_row + at, at < width)
+        value = load_tokens(x, delta, stream, at, at, at < width)
         if weight is not None:
             value = value * reciprocal * tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
-        tl.store(codes + row * width + at, rounded_codes(value, inverse), mask=at < width)
+        tl.store(codes + at, rounded_codes(value, inverse), mask=at < width)
 
 
 def quantise(
@@ -211,13 +215,16 @@ def norm_dot_kernel(
 ):  # fmt: skip
     """Of one row: ``mean(grad * weight * unit)`` with ``unit = stream * rstd``."""
     row = tl.program_id(0).to(tl.int64)
+    grad += row * grad_stride
+    stream += row * stream_stride
+    reciprocal = tl.load(rstd + row)
     columns = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + columns
         inside = at < width
-        unit = tl.load(stream + row * stream_stride + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
-        g = tl.load(grad + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
+        unit = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32) * reciprocal
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         total += g * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * unit
     tl.store(dot + row, tl.div_rn(tl.sum(total, axis=0), width * 1.0))
 
