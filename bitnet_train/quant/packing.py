@@ -1,6 +1,7 @@
-"""Four codes a byte, in the row-interleaved layout that ``transformers`` reads."""
+"""Four codes a byte: in the row-interleaved layout that ``transformers`` reads, and in the one that kernels read."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.errors import ConfigError
@@ -36,3 +37,24 @@ def unpack_2bit(packed: Tensor) -> Tensor:
     if codes.numel() and int(codes.max()) == 3:
         raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
     return codes.to(torch.int8) - 1
+
+
+def pack_quarters(codes: Tensor) -> Tensor:
+    """Ternary or binary int8 codes (N, K), any N and K, to uint8 (N, Q) with ``Q = ceil(K / 4)``, for kernels.
+
+    ``packed[n, j] = sum_i (codes[n, i * Q + j] + 1) << (2 * i)``: a run of bytes holds a run of columns of each of the
+    four quarters of a row, so that a matmul unpacks it without moving codes between lanes. Columns from K on count as
+    code 0. Codes outside {-1, 0, 1} are not looked for.
+    """
+    quarter = -(-codes.shape[1] // CODES_PER_BYTE)
+    padded = F.pad(codes, (0, CODES_PER_BYTE * quarter - codes.shape[1]))
+    packed = torch.zeros((codes.shape[0], quarter), dtype=torch.uint8, device=codes.device)
+    for i in range(CODES_PER_BYTE):
+        packed |= (padded[:, i * quarter : (i + 1) * quarter] + 1).to(torch.uint8) << (2 * i)
+    return packed
+
+
+def unpack_quarters(packed: Tensor, columns: int) -> Tensor:
+    """uint8 (N, Q) to int8 codes (N, ``columns``): the inverse of :func:`pack_quarters`."""
+    parts = [(packed >> (2 * i)) & 3 for i in range(CODES_PER_BYTE)]
+    return (torch.cat(parts, dim=1).to(torch.int8) - 1)[:, :columns]

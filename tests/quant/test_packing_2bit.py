@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.integrations.bitnet import pack_weights, unpack_weights
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.quant.packing import pack_2bit, unpack_2bit
+from bitnet_train.quant.packing import pack_2bit, pack_quarters, unpack_2bit, unpack_quarters
 
 
 def random_codes(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -70,3 +70,30 @@ def test_a_damaged_byte_is_refused(slot: int) -> None:
     packed[1, 2] |= 3 << (2 * slot)
     with pytest.raises(ValueError, match="damaged"):
         unpack_2bit(packed)
+
+
+@given(st.integers(0, 5), st.integers(1, 40), st.integers(0, 10**6))
+def test_quarters_round_trip(rows: int, columns: int, seed: int) -> None:
+    codes = random_codes(rows, columns, seed)
+    before = codes.clone()
+    packed = pack_quarters(codes)
+    assert torch.equal(codes, before)
+    assert packed.dtype is torch.uint8
+    assert packed.shape == (rows, (columns + 3) // 4)
+    unpacked = unpack_quarters(packed, columns)
+    assert unpacked.dtype is torch.int8
+    assert torch.equal(unpacked, codes)
+    absent = unpack_quarters(packed, 4 * packed.shape[1])[:, columns:]
+    assert torch.equal(absent, torch.zeros_like(absent))
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6))
+def test_quarters_are_the_row_layout_turned(rows: int, quarter: int, seed: int) -> None:
+    codes = random_codes(rows, 4 * quarter, seed)
+    assert torch.equal(pack_quarters(codes), pack_2bit(codes.t()).t())
+
+
+def test_the_quarters_layout_is_the_documented_one() -> None:
+    codes = torch.tensor([[-1, 0, 1, 1, -1, -1]], dtype=torch.int8)
+    # Q is 2: columns 0, 2, 4 are 0, 2, 0 in byte 0, and 1, 3, 5 are 1, 2, 0 in byte 1; columns 6 and 7 are absent
+    assert pack_quarters(codes).flatten().tolist() == [0 | 2 << 2 | 0 << 4 | 1 << 6, 1 | 2 << 2 | 0 << 4 | 1 << 6]
