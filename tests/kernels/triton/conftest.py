@@ -30,7 +30,8 @@ if INTERPRETED:
         if from_type not in TORCH_TYPES or to_type not in TORCH_TYPES:
             return unrepaired(data, from_type, to_type, rounding)
         source, target = TORCH_TYPES[from_type], TORCH_TYPES[to_type]
-        raw = torch.from_numpy(np.array(data).view(np.uint8).copy())  # PyTorch reads bf16 and fp8 only as bytes
+        # PyTorch reads bf16 and fp8 only as bytes.
+        raw = torch.from_numpy(np.ascontiguousarray(data).view(np.uint8).copy())
         cast = raw.view(source).to(target).view(torch.uint8).numpy()
         return cast.view(UNSIGNED[target.itemsize]).reshape(data.shape)
 
