@@ -45,7 +45,9 @@ class RowTile(NamedTuple):
 
 def row_tile(width: int, widest: int = WIDEST_HELD) -> RowTile:
     """Whole rows to a program, several of them while they are short; above ``widest``, blocks of one row."""
-    block = triton.next_power_of_2(width) if width <= widest else LONG_ROW_BLOCK
+    if width > widest:
+        return RowTile(1, LONG_ROW_BLOCK, 16)
+    block = triton.next_power_of_2(width)
     elements = max(block, 2048)
     return RowTile(elements // block, block, min(elements // 512, 16))
 
