@@ -14,7 +14,7 @@ from bitnet_train.quant.weights import Codes
 
 
 class Quantised(NamedTuple):
-    """What the input quantiser returns: the codes, what was normed and quantised (M, K), and the norm's 1/rms (M, 1)."""
+    """What the input quantiser returns: codes, the stream that was normed and quantised (M, K), the norm's 1/rms."""
 
     codes: TokenCodes
     stream: Tensor

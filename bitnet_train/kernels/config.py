@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from bitnet_train.errors import ConfigError, did_you_mean
 
 # Names of the registered backends, so that a typo is answered before torch is loaded.
-BACKEND_NAMES = ("reference", "cpu")
+BACKEND_NAMES = ("reference", "cpu", "avx512")
 
 
 @dataclass
 class KernelConfig:
-    # "auto" takes the fastest backend for the device; or the name of one: reference (plain PyTorch), cpu (int8 matmul).
+    # "auto" takes the fastest backend for the device; or the name of one: reference (plain PyTorch), cpu (oneDNN
+    # int8 matmuls), avx512 (own int8 matmuls, compiled on first use).
     backend: str = "auto"
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_train.kernels.backend import Backend, WeightCodes, choose_backend, register_backend
+from bitnet_train.kernels.avx512.backend import Avx512Backend
+from bitnet_train.kernels.backend import BACKENDS, Backend, WeightCodes, choose_backend, register_backend
 from bitnet_train.kernels.cpu import CpuBackend
 from bitnet_train.kernels.reference import FLOATS, ReferenceBackend
 from bitnet_train.quant.activations import TokenCodes, rms_norm
@@ -18,6 +19,7 @@ from bitnet_train.quant.spec import GradientPolicy
 
 register_backend(ReferenceBackend())
 register_backend(CpuBackend())
+register_backend(Avx512Backend())
 
 
 def bit_linear(
@@ -91,7 +93,7 @@ def bit_linear_residual(
     if out_dtype is None:
         out_dtype = compute_dtype(x)
     if backend is None:
-        backend = choose_backend(x.device).backend
+        backend = BACKENDS[_default_backend(x.device.type)]
     flat = x.reshape(-1, x.shape[-1])
     flat_delta = None if delta is None else delta.reshape(flat.shape)
     if activation_bits is None:
@@ -106,6 +108,12 @@ def bit_linear_residual(
             gradient, *masters,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], codes_w.shape[0]), x if delta is None else stream.reshape(x.shape)
+
+
+@torch.compiler.assume_constant_result
+def _default_backend(device: str) -> str:
+    # torch.compile takes the answer and does not look into how compilers are searched for.
+    return choose_backend(device).backend.name
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

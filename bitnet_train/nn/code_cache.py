@@ -114,7 +114,7 @@ def _refresh_loaded(model: nn.Module, _: Any) -> None:
 
 
 def refresh_layer(layer: BitLinear) -> None:
-    """Bring the kept codes of a layer on its own up to its master weight, in place: compiled graphs hold the buffers."""
+    """Bring the kept codes of a single layer up to its master weight, in place: compiled graphs hold the buffers."""
     kept = layer.kept
     if kept is None or kept.codes.device != layer.weight.device:
         layer.keep(layer.choose_backend(layer.weight.device).quantise_weight(layer.weight, layer.quant))

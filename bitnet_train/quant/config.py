@@ -42,8 +42,8 @@ class GradientPrecision(Enum):
 
 @dataclass
 class GradientConfig:
-    # dX = dY @ W: bf16; int8 or fp8 with one scale per token of dY; or auto: int8 in runs with 16-bit matmuls, float32 in
-    # float32 runs.
+    # dX = dY @ W: bf16; int8 or fp8 with one scale per token of dY; or auto: int8 in runs with 16-bit matmuls, else
+    # the run's own type.
     dx: GradientPrecision = GradientPrecision.auto
     # dW = dY.T @ X: bf16; int8 with one scale per output and block of 128 tokens of dY; or auto: the run's own type.
     dw: GradientPrecision = GradientPrecision.auto

@@ -61,8 +61,8 @@ def quantise_gradient_blocks(grad: Tensor, scale_x: Tensor) -> tuple[Tensor, Ten
 def block_weight_gradient(codes: Tensor, scale: Tensor, codes_x: Tensor) -> Tensor:
     """dW from block codes: ``sum_b scale[b, :, None] * (codes_b.T @ codes_x_b)``, float32 (N, K).
 
-    codes int8 (M, N) and scale (blocks, N) from :func:`quantise_gradient_blocks`, codes_x int8 (M, K). The products of a
-    block are exact integers; blocks are added in order in float32.
+    codes int8 (M, N) and scale (blocks, N) from :func:`quantise_gradient_blocks`, codes_x int8 (M, K). The products of
+    a block are exact integers; blocks are added in order in float32.
     """
     total = codes.new_zeros((codes.shape[1], codes_x.shape[1]), dtype=torch.float32)
     parts = zip(torch.split(codes, BLOCK_TOKENS), torch.split(codes_x, BLOCK_TOKENS), scale, strict=True)

@@ -73,7 +73,9 @@ class GradientPolicy:
             if value not in GradientPrecision.__members__:
                 raise ConfigError(f"quant.gradient.{name} is {value!r}; use auto, bf16, int8 or fp8.")
         if self.dw == "fp8":
-            raise ConfigError("quant.gradient.dw=fp8 is not supported: 8-bit codes of x are not exact in fp8; use int8.")
+            raise ConfigError(
+                "quant.gradient.dw=fp8 is not supported (8-bit codes of x are not exact in fp8): use int8."
+            )
 
     def resolve(self, compute: str) -> tuple[str, str]:
         """dX and dW without ``auto``, for other matmuls in ``compute``: bf16, fp16, fp32 or fp64."""

@@ -1,12 +1,15 @@
 """Which backend is taken, and what is said about it."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.kernels import op  # noqa: F401  (registers the backends)
+from bitnet_train.kernels.avx512 import build
 from bitnet_train.kernels.backend import BACKENDS, choose_backend, register_backend
 from bitnet_train.kernels.cpu import CpuBackend
 from bitnet_train.kernels.reference import ReferenceBackend
@@ -30,10 +33,35 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     BACKENDS.update(before)
 
 
-def test_the_cpu_takes_the_int8_backend() -> None:
+def test_the_cpu_takes_an_int8_backend_and_says_why_not_a_faster_one() -> None:
     choice = choose_backend("cpu")
     assert isinstance(choice.backend, CpuBackend)
-    assert choice.reason == "the fastest for cpu"
+    if choice.backend.name == "avx512":
+        assert choice.reason == "the fastest for cpu"
+    else:
+        assert choice.reason.startswith("avx512: ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"CXX": "/nonexistent/g++"}, "compiling its kernels with /nonexistent/g\\+\\+ failed"),
+     ({"PATH": "/nonexistent", "CXX": ""}, "there is no C\\+\\+ compiler")],
+)  # fmt: skip
+def test_without_a_compiler_the_onednn_backend_is_taken_and_the_reason_given(
+    registry: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    if BACKENDS["avx512"].unsupported(torch.device("cpu")):
+        pytest.skip("this machine has no AVX-512 kernels to do without")
+    monkeypatch.setenv("BITNET_TRAIN_CACHE", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    build.load.cache_clear()
+    try:
+        choice = choose_backend("cpu")
+        assert choice.backend.name == "cpu"
+        assert re.search(reason, choice.reason)
+    finally:
+        build.load.cache_clear()
 
 
 def test_a_device_without_kernels_takes_the_reference_and_says_why() -> None:
@@ -66,8 +94,8 @@ def test_the_last_registered_backend_that_can_run_is_preferred(registry: dict) -
     assert choose_backend("cpu").backend.name == "picky"
     register_backend(Picky("no such chip"))
     choice = choose_backend("cpu")
-    assert choice.backend.name == "cpu"
-    assert choice.reason == "picky: no such chip"
+    assert choice.backend.name != "picky"
+    assert choice.reason.startswith("picky: no such chip")
 
 
 def test_no_backend_at_all_is_one_clear_error(registry: dict) -> None:

@@ -155,15 +155,16 @@ def launch(kernel: Any, family: Family, grid: Any, arguments: dict[str, Any]) ->
     The kernel's arguments must include ``out``, ``tokens_bucket``, ``N``, ``K`` and ``TMA``. Timing runs the kernel, so
     the first call for a shape must not be inside the capture of a CUDA graph.
     """
-    if not arguments["out"].is_cuda:
+    out = arguments["out"]
+    if not out.is_cuda:
         kernel[grid](**arguments, **family.interpreted.constants())
         return
-    if arguments["TMA"]:
-        # Descriptors are made in the kernel, in memory that Triton asks for. The setting belongs to the thread, and
-        # autograd has its own, hence for every launch.
-        device = arguments["out"].device
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    autotuned(kernel, family)[grid](**arguments, enable_fp_fusion=False)
+    with torch.cuda.device_of(out):
+        if arguments["TMA"]:
+            # Descriptors are made in the kernel, in memory that Triton asks for. The setting belongs to the thread, and
+            # autograd has its own, hence for every launch.
+            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=out.device))
+        autotuned(kernel, family)[grid](**arguments, enable_fp_fusion=False)
 
 
 @functools.cache
@@ -273,7 +274,6 @@ FLOAT = Family(
         Tile(128, 128, 32, 8, 4),
         Tile(128, 64, 64, 8, 3),
         Tile(64, 64, 64, 4, 4),
-        Tile(16, 64, 64, 4, 3),
     ),
     step_bytes=(2, 1),
     converted_bytes=(2, 2),

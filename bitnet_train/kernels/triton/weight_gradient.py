@@ -142,10 +142,11 @@ def transpose_codes(codes: Tensor) -> Tensor:
     out = torch.empty((columns, padded), dtype=torch.int8, device=codes.device)
     if m:
         grid = (padded // TRANSPOSED_TOKENS, triton.cdiv(columns, TRANSPOSED_COLUMNS))
-        transpose_codes_kernel[grid](
-            codes, out, m, columns, codes.stride(0), padded, BLOCK_TOKENS=TRANSPOSED_TOKENS,
-            BLOCK_COLUMNS=TRANSPOSED_COLUMNS,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):
+            transpose_codes_kernel[grid](
+                codes, out, m, columns, codes.stride(0), padded, BLOCK_TOKENS=TRANSPOSED_TOKENS,
+                BLOCK_COLUMNS=TRANSPOSED_COLUMNS,
+            )  # fmt: skip
     return out
 
 

@@ -14,7 +14,7 @@ INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     # Triton decides when it is first imported, its own library functions included.
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: run tests/kernels/triton first")
+        raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: set it first in tests/conftest.py")
     os.environ["TRITON_INTERPRET"] = "1"
 
     import triton.language as tl
@@ -36,6 +36,14 @@ if INTERPRETED:
         return cast.view(UNSIGNED[target.itemsize]).reshape(data.shape)
 
     interpreter._convert_float = convert_float
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        """Bounds of loops are arrays of one element, which Triton 3.6 hands to ``int()`` and NumPy 2.4 refuses."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
 @pytest.fixture(scope="session")
