@@ -89,9 +89,8 @@ class Family:
         fitting = [tile for tile in self.tiles if self.fits(tile, capability, result_bytes)]
         if not self.rows_are_tokens:
             return fitting
-        # Less than a quarter of a large tile in use, or many times the smallest: never the fastest.
-        sensible = [tile for tile in fitting if tile.rows <= max(4 * tokens, 64) and tokens <= 32 * tile.rows]
-        return sensible or fitting
+        # Tiles mostly beyond the last token, or so low that the weights are read many times, are never the fastest.
+        return [tile for tile in fitting if min(64, tokens // 8) <= tile.rows <= max(64, 4 * tokens)] or fitting
 
 
 def shared_memory_limit(capability: int) -> int:
@@ -258,11 +257,11 @@ FP8 = Family(
 PACKED = Family(
     (
         Tile(128, 128, 64, 8, 3, generations=HOPPER_AND_BLACKWELL),
-        Tile(128, 128, 32, 8, 4),
+        Tile(128, 128, 32, 8, 3),
         Tile(64, 128, 64, 8, 3),
-        Tile(64, 64, 64, 4, 4),
-        Tile(16, 64, 128, 4, 3),
-        Tile(16, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 3),
+        Tile(16, 128, 64, 8, 4),
+        Tile(16, 64, 64, 4, 4),
     ),
     step_bytes=(4, 1),
     converted_bytes=(0, 4),
@@ -272,8 +271,9 @@ FLOAT = Family(
         Tile(128, 256, 64, 8, 3, generations=HOPPER),
         Tile(128, 128, 64, 8, 3),
         Tile(128, 128, 32, 8, 4),
-        Tile(128, 64, 64, 8, 3),
-        Tile(64, 64, 64, 4, 4),
+        Tile(128, 64, 32, 8, 4),
+        Tile(64, 128, 32, 8, 4),
+        Tile(64, 64, 32, 8, 3),
     ),
     step_bytes=(2, 1),
     converted_bytes=(2, 2),
