@@ -188,8 +188,12 @@ def quantise(
         codes int8 (M, K); scale float32 (M, 1), NaN for a token with a NaN or an infinity (its codes are arbitrary);
         the stream (M, K), ``x + delta`` rounded to x's type, which is also what the norm reads (None without delta);
         the norm's 1/rms float32 (M, 1) (None without norm).
+
+    Raises ValueError for a delta of another shape.
     """
     tokens, width = x.shape
+    if delta is not None and delta.shape != x.shape:
+        raise ValueError(f"delta {tuple(delta.shape)} must have the shape of x {tuple(x.shape)}")
     x = unit_stride(x)
     delta = None if delta is None else unit_stride(delta)
     codes = torch.empty((tokens, width), dtype=torch.int8, device=x.device)

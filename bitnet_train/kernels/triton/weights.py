@@ -128,9 +128,9 @@ def write_codes(
     weight = weight.detach()
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    for target in (codes, codes_t):
-        if target is not None and target.stride(1) != 1 and target.shape[1] != 1:
-            raise ValueError("codes are written along rows, whose elements must be contiguous")
+    for target, shape in ((codes, (rows, columns)), (codes_t, (columns, rows))):
+        if target is not None and (target.shape != shape or (target.stride(1) != 1 and shape[1] != 1)):
+            raise ValueError(f"codes are written to {shape} with contiguous rows, not to {tuple(target.shape)}")
     float8 = codes_t is not None and codes_t.dtype is torch.float8_e4m3fn
     as_bytes = None if codes_t is None else codes_t.view(torch.int8)
     grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS),)
@@ -154,7 +154,7 @@ def ternarise_into(
         codes: int8 (N, K), written; may be rows of a taller stack.
         codes_t: (K, N), int8 or float8_e4m3fn, written with the transposed codes; may be columns of a wider stack.
 
-    Raises ValueError where the elements of a row of ``codes`` or ``codes_t`` are not contiguous.
+    Raises ValueError where ``codes`` or ``codes_t`` has another shape or elements of a row that are not contiguous.
     """
     write_codes(weight, scale, threshold, codes, codes_t, binary=False)
 

@@ -142,6 +142,11 @@ def test_strided_inputs(device: torch.device, width: int) -> None:
             assert torch.equal(strided, contiguous)
 
 
+def test_a_residual_of_another_shape_is_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"delta \(1, 8\)"):
+        quantise(torch.ones(3, 8, device=device), torch.ones(1, 8, device=device), None, EPS)
+
+
 def test_no_tokens(device: torch.device) -> None:
     x = torch.empty(0, 12, device=device)
     codes, scale, stream, rstd = quantise(x, x, torch.ones(12, device=device), EPS)
@@ -207,18 +212,35 @@ def test_norm_backward_of_strided_tensors(device: torch.device, width: int) -> N
         assert torch.equal(strided, contiguous)
 
 
-def test_casts_on_the_gpu_round_to_nearest_as_the_repaired_interpreter_does() -> None:
-    # Compiled without a GPU, in a process whose Triton is not the interpreter.
-    program = """
-import triton
+def run_compiler(program: str) -> None:
+    """Runs ``program`` where Triton compiles, for a GPU that need not be there, instead of interpreting."""
+    start = """
+import dataclasses, triton
 from triton.backends.compiler import GPUTarget
-from bitnet_train.kernels.triton import activations, gradients
+from bitnet_train.kernels.triton import activations, gradients, weights
 def ptx(wanted):
     return triton.compile(wanted.source(), target=GPUTarget("cuda", 90, 32), options=wanted.options()).asm["ptx"]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", start + program], env=environment, check=True, timeout=120)
+
+
+def test_casts_on_the_gpu_round_to_nearest_as_the_repaired_interpreter_does() -> None:
+    run_compiler("""
 to_bf16 = [s for s in activations.SPECIALISATIONS if s.signature.get("grad_x") == "*bf16:16"][0]
 to_fp8 = [s for s in gradients.SPECIALISATIONS if s.signature["codes"] == "*fp8e4nv:16"][0]
 assert "cvt.rn.bf16x2.f32" in ptx(to_bf16)
 assert "cvt.rn.satfinite.e4m3x2.f32" in ptx(to_fp8)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+""")
+
+
+def test_kernels_compile_for_sizes_of_one() -> None:
+    # Triton turns an argument of 1 into a constant, which not every expression takes.
+    run_compiler("""
+kernels = {s.kernel.__name__: s for module in (activations, gradients, weights) for s in module.SPECIALISATIONS}
+assert len(kernels) == 11, list(kernels)
+for s in kernels.values():
+    sizes = {name: 1 for name, type_ in s.signature.items() if type_.startswith("i32")}
+    others = {name: type_ for name, type_ in s.signature.items() if name not in sizes}
+    ptx(dataclasses.replace(s, signature=others, constants=s.constants | sizes))
+""")

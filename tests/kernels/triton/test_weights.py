@@ -134,6 +134,8 @@ def test_strided_masters_and_targets(device: torch.device) -> None:
         ternarise_into(weight[:7, :5], scale, 0.5, codes.t())
     with pytest.raises(ValueError, match="contiguous"):
         ternarise_into(weight[:5, :7], scale, 0.5, codes, codes.t())
+    with pytest.raises(ValueError, match=r"\(5, 7\)"):
+        ternarise_into(weight[:4, :7], scale, 0.5, codes)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 5), (5, 64), (3, 4099), (2, 8192)])
