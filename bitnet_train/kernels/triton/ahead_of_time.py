@@ -143,8 +143,8 @@ def check(form: Specialisation, capability: int) -> Row:
     try:
         compiled = triton.compile(form.source(), target=GPUTarget("cuda", capability, 32), options=form.options())
     except Exception as error:  # whatever the compiler raises is one row's result, not the end of the check
-        lines = str(error).strip().splitlines()
-        return Row(kernel, described, capability, problem=f"does not compile: {lines[0] if lines else repr(error)}")
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # the lines before are the kernel's source
+        return Row(kernel, described, capability, problem=f"does not compile: {reason}")
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spills = resources(compiled.asm["cubin"])
     instruction, wrong = instruction_used(form, capability, ptx)

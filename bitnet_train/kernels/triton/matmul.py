@@ -94,10 +94,10 @@ def quantised_matmul_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = a (M, K) @ b (N, K).T, scaled; int8 with int32 sums, float8 with float32 sums."""
-    WHOLE: tl.constexpr = a.dtype.element_ty == tl.int8
+    SUM: tl.constexpr = tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32
     # Hopper's float8 instruction keeps about 14 bits of a sum: after each step it goes to a float32 register
     # (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
-    SHORT_SUM: tl.constexpr = 0 if WHOLE else BLOCK_DEPTH
+    SHORT_SUM: tl.constexpr = BLOCK_DEPTH if a.dtype.element_ty.is_fp8() else 0
     if TMA:
         a_tiles = tl.make_tensor_descriptor(a, [M, K], [stride_a, 1], [BLOCK_ROWS, BLOCK_DEPTH])
         b_tiles = tl.make_tensor_descriptor(b, [N, K], [stride_b, 1], [BLOCK_COLUMNS, BLOCK_DEPTH])
@@ -107,11 +107,11 @@ def quantised_matmul_kernel(  # type: ignore[no-untyped-def]
     tiles = tl.cdiv(M, BLOCK_ROWS) * tl.cdiv(N, BLOCK_COLUMNS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         row, column = tile_position(tile, M, N, BLOCK_ROWS, BLOCK_COLUMNS)
-        product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32 if WHOLE else tl.float32)
+        product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), SUM)
         for k in range(0, K, BLOCK_DEPTH):
             x = load_tile(a_tiles, M, K, stride_a, row, k, BLOCK_ROWS, BLOCK_DEPTH, TMA)
             w = load_tile(b_tiles, N, K, stride_b, column, k, BLOCK_COLUMNS, BLOCK_DEPTH, TMA)
-            product = tl.dot(x, w.T, product, max_num_imprecise_acc=SHORT_SUM)
+            product = tl.dot(x, w.T, product, max_num_imprecise_acc=SHORT_SUM, out_dtype=SUM)
         i = row + tl.arange(0, BLOCK_ROWS)
         j = column + tl.arange(0, BLOCK_COLUMNS)
         store_scaled(out, product, scale_a, scale_b, bias, M, N, i, j)
@@ -145,7 +145,7 @@ def packed_matmul_kernel(  # type: ignore[no-untyped-def]
             for i in tl.static_range(4):
                 w = tl.where(inside, ((four >> (2 * i)) & 3).to(tl.int8) - 1, 0)
                 x = load_tile(a_tiles, M, K, stride_a, row, i * quarter + q, BLOCK_ROWS, BLOCK_DEPTH, TMA)
-                product = tl.dot(w, x.T, product)
+                product = tl.dot(w, x.T, product, out_dtype=tl.int32)
         i = row + tl.arange(0, BLOCK_ROWS)
         j = column + tl.arange(0, BLOCK_COLUMNS)
         store_scaled(out, product.T, scale_a, scale_b, bias, M, N, i, j)

@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +188,37 @@ def test_the_autotuner_gets_the_pruned_tiles(monkeypatch: pytest.MonkeyPatch) ->
     kept = tuner.early_config_prune(tuner.configs, {}, **arguments)
     assert [(c.kwargs["BLOCK_ROWS"], c.num_warps, c.num_stages) for c in kept] == [(128, 8, 3), (64, 4, 3)]
     assert set(tuner.keys) <= set(tuner.arg_names)
+
+
+def test_a_launch_on_a_gpu_times_the_tiles_once_and_forbids_fused_multiply_adds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = Family((Tile(128, 128, 128, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 2, 3)), step_bytes=(1, 1))
+    tuner = tuning.autotuned(quantised_matmul_kernel, family)
+    launched: list[dict[str, Any]] = []
+    allocators: list[Any] = []
+
+    def time_it(call: Any, quantiles: Any) -> list[float]:
+        call()
+        return [abs(launched[-1]["num_warps"] - 4.0)] * 3
+
+    monkeypatch.setattr(tuner, "fn", SimpleNamespace(run=lambda **arguments: launched.append(arguments)))
+    monkeypatch.setattr(tuner, "_do_bench", time_it)
+    monkeypatch.setattr(tuner, "cache_results", False)
+    monkeypatch.setattr(tuning, "capability_of", lambda _: 90)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(tuning.triton, "set_allocator", allocators.append)
+    out = SimpleNamespace(is_cuda=True, device="cpu", itemsize=2, dtype=torch.bfloat16)
+    arguments = {"out": out, "M": 500, "tokens_bucket": 512, "N": 64, "K": 64, "TMA": True}
+    tuning.launch(quantised_matmul_kernel, family, (7,), arguments)
+    assert [call["num_warps"] for call in launched] == [8, 4, 2, 4]
+    assert all(call["enable_fp_fusion"] is False and call["grid"] == (7,) for call in launched)
+    tuning.launch(quantised_matmul_kernel, family, (7,), {**arguments, "M": 300})
+    assert len(launched) == 5  # the same bucket
+    tuning.launch(quantised_matmul_kernel, family, (7,), {**arguments, "N": 128, "TMA": False})
+    assert len(launched) == 9
+    assert len(allocators) == 2
+    assert allocators[0](100, 128, None).shape == (100,)
 
 
 def test_the_markdown_table_has_a_line_for_every_row() -> None:
