@@ -241,7 +241,7 @@ def norm_backward_kernel(
     tokens, width, chunk, grad_stride, stream_stride, grad_stream_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of rows x BLOCK columns: grad_x, and the chunk's part of the weight gradient.
+    """A chunk of rows, a multiple of ROWS, x BLOCK columns: grad_x, and the chunk's part of the weight gradient.
 
     ``dot`` comes from :func:`norm_dot_kernel`; without it the block holds whole rows and the mean is taken here.
     """
@@ -250,9 +250,8 @@ def norm_backward_kernel(
     w = tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, chunk, ROWS):
-        within = start + tl.arange(0, ROWS)[:, None]
-        rows = first + within
-        present = (within < chunk) & (rows < tokens)
+        rows = first + start + tl.arange(0, ROWS)[:, None]
+        present = rows < tokens
         inside = present & (columns < width)
         reciprocal = tl.load(rstd + rows, mask=present, other=0.0)
         g = tl.load(grad + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -295,7 +294,7 @@ def norm_backward(
     grad, stream, weight, rstd = unit_stride(grad), unit_stride(stream), weight.contiguous(), rstd.contiguous()
     grad_stream = None if grad_stream is None else unit_stride(grad_stream)
     tile = row_tile(width, WIDEST_HELD_BACKWARD)
-    chunk = max(ROWS_PER_CHUNK, triton.cdiv(tokens, ROW_CHUNKS), tile.rows)
+    chunk = tile.rows * triton.cdiv(max(ROWS_PER_CHUNK, triton.cdiv(tokens, ROW_CHUNKS)), tile.rows)
     grid = (triton.cdiv(tokens, chunk), triton.cdiv(width, tile.block))
     partial = torch.empty((grid[0], width), dtype=torch.float32, device=stream.device)
     strides = (grad.stride(0), stream.stride(0), 0 if grad_stream is None else grad_stream.stride(0))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet_train.kernels.triton import activations
 from bitnet_train.kernels.triton.activations import norm_backward, quantise, row_tile
 from bitnet_train.quant.activations import quantise_tokens, rms_norm
 
@@ -18,8 +19,10 @@ SHAPES = [(1, 1), (3, 1), (1, 5), (9, 31), (33, 130), (5, 257), (3, 2560), (2, 8
 
 
 def random_tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of very different sizes, as activations have."""
-    return (torch.randn(*shape) * torch.logspace(-2, 2, shape[0])[:, None]).to(dtype)
+    """Rows of very different sizes, as activations have; in every other one the last element is the largest."""
+    x = torch.randn(*shape) * torch.logspace(-2, 2, shape[0])[:, None]
+    x[::2, -1] = 5 * x[::2].abs().amax(1)
+    return x.to(dtype)
 
 
 def assert_codes(codes: Tensor, scale: Tensor, value: Tensor) -> None:
@@ -196,6 +199,16 @@ def test_norm_backward(device: torch.device, shape: tuple[int, int], dtype: torc
     again = norm_backward(*on_device, to_stream)
     assert torch.equal(again[0], grad_x)
     assert torch.equal(again[1], grad_weight)
+
+
+def test_chunks_of_several_tiles_share_no_row(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, stream, weight = torch.randn(70, 300), random_tokens(70, 300), torch.rand(300) + 0.5
+    on_device = [t.to(device) for t in (grad, stream, weight, rms_norm(stream, None, EPS)[1])]
+    expected = norm_backward(*on_device, None)
+    monkeypatch.setattr(activations, "ROW_CHUNKS", 4)  # 18 rows each, in tiles of 4
+    grad_x, grad_weight = norm_backward(*on_device, None)
+    assert torch.equal(grad_x, expected[0])
+    assert torch.allclose(grad_weight, expected[1], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [20, 8200])
