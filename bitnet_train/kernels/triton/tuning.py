@@ -226,11 +226,15 @@ def specialisations(
     ]
 
 
+# On Hopper, Triton (3.6 to 3.9) waits for every step of an integer product before it issues the next (its WGMMAPipeline
+# pass leaves only float32 sums in flight). Deep steps wait less often, and two blocks on a multiprocessor fill each
+# other's waits: 128 x 128 with three stages leaves room for two.
 INT8 = Family(
     (
         Tile(128, 256, 128, 8, 3, generations=HOPPER_AND_BLACKWELL),
         Tile(128, 256, 128, 8, 3, generations=HOPPER_AND_BLACKWELL, flatten=True),
-        Tile(256, 128, 128, 8, 3, generations=HOPPER),
+        Tile(128, 256, 256, 8, 2, generations=HOPPER),
+        Tile(128, 128, 256, 8, 3, generations=HOPPER),
         Tile(128, 128, 128, 8, 4, generations=HOPPER_AND_BLACKWELL, flatten=True),
         Tile(128, 256, 64, 8, 3),
         Tile(128, 128, 128, 8, 3),
