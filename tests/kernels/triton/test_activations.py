@@ -93,7 +93,7 @@ def test_a_bad_token_has_a_nan_scale_and_leaves_the_others(
 def test_residual_and_norm(
     device: torch.device, shape: tuple[int, int], types: tuple[torch.dtype, torch.dtype], normed: bool
 ) -> None:
-    x, delta = random_tokens(*shape, dtype=types[0]), torch.randn(*shape).to(types[1])
+    x, delta = random_tokens(*shape, dtype=types[0]), random_tokens(*shape, dtype=types[1])
     weight = (torch.rand(shape[1]) + 0.5).to(types[1]) if normed else None
     codes, scale, stream, rstd = quantise(
         x.to(device), delta.to(device), None if weight is None else weight.to(device), EPS
