@@ -1,5 +1,6 @@
 """The interface that every backend of the quantise-matmul op fills, the registry, and the choice."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -60,11 +61,15 @@ class Backend(Protocol):
     def matmul(self, x: TokenCodes, w: WeightCodes, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """``(codes_x @ codes_w.T) * scale_x * row_scale + bias`` -> (M, N), float32 rounded once to ``out_dtype``."""
 
-    def grad_input(self, grad: Tensor, w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
-        """``(grad * row_scale) @ codes_w`` -> (M, K), with ``dx`` one of fp32, fp16, bf16, int8, fp8."""
+    def grad_input(self, grads: Sequence[Tensor], w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
+        """``(grad * row_scale) @ codes_w`` -> (M, K), with ``dx`` one of fp64, fp32, fp16, bf16, int8, fp8.
 
-    def grad_weight(self, grad: Tensor, x: TokenCodes, dw: str) -> Tensor:
-        """``grad.T @ (codes_x * scale_x)`` -> (N, K), with ``dw`` one of fp32, fp16, bf16, int8."""
+        ``grads`` (M, N_i), of one type, are those of the layers whose codes are stacked, ``grad`` is them side by side.
+        """
+
+    def grad_weight(self, grads: Sequence[Tensor], x: TokenCodes, dw: str) -> list[Tensor]:
+        """``grad.T @ (codes_x * scale_x)`` -> (N_i, K) for each of ``grads`` (M, N_i), with ``dw`` one of fp64, fp32,
+        fp16, bf16, int8."""
 
     def grad_norm(
         self, grad: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, grad_stream: Tensor | None

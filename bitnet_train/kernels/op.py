@@ -26,7 +26,7 @@ def bit_linear(
     x: Tensor,
     codes_w: Tensor,
     row_scale: Tensor,
-    masters: Sequence[Tensor | None],
+    master: Tensor | None,
     *,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -41,10 +41,10 @@ def bit_linear(
 
     Args:
         x: input (..., K), any float dtype.
-        codes_w: int8 (N, K), the codes of one layer or of several stacked along the rows.
+        codes_w: int8 (N, K).
         row_scale: float32 (N,), the scale of every output row.
-        masters: the master weights that the codes came from, in stacking order, rows summing to N; they receive the
-            gradients and are not read. ``[None]`` for weights that exist only as codes.
+        master: the master weight (N, K) that the codes came from; it receives the gradient and is not read. None for
+            weights that exist only as codes.
         bias: (N,), added in float32 after dequantisation.
         norm_weight: (K,), for an RMSNorm before the quantiser; norm and quantiser are one float32 operation.
         norm_eps: the norm's epsilon.
@@ -61,21 +61,20 @@ def bit_linear(
 
         dX = (dY * row_scale) @ codes_w          dW = dY.T @ (codes_x * scale_x)
     """
-    y, _ = bit_linear_residual(
-        x, None, codes_w, row_scale, masters, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps,
-        activation_bits=activation_bits, out_dtype=out_dtype, backend=backend, gradient=gradient,
-        backward_codes=backward_codes,
+    (y,), _ = shared_bit_linear(
+        x, None, WeightCodes(codes_w, row_scale, backward_codes), [master], bias=bias, norm_weight=norm_weight,
+        norm_eps=norm_eps, activation_bits=activation_bits, out_dtype=out_dtype, backend=backend, gradient=gradient,
     )  # fmt: skip
     return y
 
 
-def bit_linear_residual(
+def shared_bit_linear(
     x: Tensor,
     delta: Tensor | None,
-    codes_w: Tensor,
-    row_scale: Tensor,
+    weights: WeightCodes,
     masters: Sequence[Tensor | None],
     *,
+    rows: Sequence[int] | None = None,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
@@ -83,31 +82,33 @@ def bit_linear_residual(
     out_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
     gradient: GradientPolicy = GradientPolicy(),  # noqa: B008  (frozen)
-    backward_codes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`bit_linear` of the residual stream ``x + delta``, which is returned as well, in the type of ``x``.
+) -> tuple[list[Tensor], Tensor]:
+    """:func:`bit_linear` for several layers that read one input, the residual stream ``x + delta``.
 
     ``delta`` (..., K) is what the layers before add to the stream ``x`` (..., K), or None for nothing; adding it is
-    part of the input quantiser's one pass over memory.
+    part of the input quantiser's one pass over memory. ``weights`` are the layers' codes stacked along their output
+    rows, ``rows`` how many belong to each (all to the first by default), ``masters`` their master weights in that order
+    and ``bias`` (N,) their stacked biases. Returns the layers' outputs, and the stream in the type of ``x``.
     """
     if out_dtype is None:
         out_dtype = compute_dtype(x)
     if backend is None:
         backend = BACKENDS[_default_backend(x.device.type)]
+    rows = list(rows or weights.codes.shape[:1])
     flat = x.reshape(-1, x.shape[-1])
     flat_delta = None if delta is None else delta.reshape(flat.shape)
     if activation_bits is None:
         stream = flat if flat_delta is None else (flat.float() + flat_delta.float()).to(flat.dtype)
-        y = _WeightOnlyLinear.apply(
+        parts = _WeightOnlyLinear.apply(
             stream if norm_weight is None else rms_norm(stream, norm_weight, norm_eps)[0],
-            bias, codes_w, row_scale, backward_codes, out_dtype, backend, gradient, *masters,
+            bias, *weights, rows, out_dtype, backend, gradient, *masters,
         )  # fmt: skip
     else:
-        y, stream = _BitLinear.apply(
-            flat, flat_delta, norm_weight, bias, codes_w, row_scale, backward_codes, norm_eps, out_dtype, backend,
-            gradient, *masters,
-        )  # fmt: skip
-    return y.reshape(*x.shape[:-1], codes_w.shape[0]), x if delta is None else stream.reshape(x.shape)
+        stream, *parts = _BitLinear.apply(
+            flat, flat_delta, norm_weight, bias, *weights, norm_eps, rows, out_dtype, backend, gradient, *masters
+        )
+    outputs = [part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts]
+    return outputs, x if delta is None else stream.reshape(x.shape)
 
 
 @torch.compiler.assume_constant_result
@@ -126,11 +127,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 _COMPUTE = {dtype: name for name, dtype in FLOATS.items()}
 
 
-def _split_rows(
-    grad: Tensor, masters: Sequence[Tensor | None], shapes: Sequence[tuple[int, torch.dtype]]
-) -> list[Tensor]:
-    parts = torch.split(grad, [rows for rows, _ in shapes])
-    return [part.to(dtype) for part, (_, dtype) in zip(parts, shapes, strict=True)]
+def _master_gradients(
+    backend_gradients: Sequence[Tensor], needs: Sequence[bool], types: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """The gradient of every master that wants one, in its type."""
+    parts = zip(backend_gradients, needs, types, strict=True)
+    return [grad.to(dtype) if need and dtype is not None else None for grad, need, dtype in parts]
+
+
+def _fill_in(grads: Sequence[Tensor | None], like: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Zeros (M, rows) for the outputs that nothing used."""
+    parts = zip(grads, rows, strict=True)
+    return [like.new_zeros(like.shape[0], n) if grad is None else grad for grad, n in parts]
 
 
 class _BitLinear(torch.autograd.Function):
@@ -145,39 +153,42 @@ class _BitLinear(torch.autograd.Function):
         row_scale: Tensor,
         backward_codes: Tensor | None,
         norm_eps: float,
+        rows: list[int],
         out_dtype: torch.dtype,
         backend: Backend,
         gradient: GradientPolicy,
         *masters: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         weights = WeightCodes(codes_w, row_scale, backward_codes)
         codes_x, stream, rstd = backend.quantise(x, delta, norm_weight, norm_eps)
         y = backend.matmul(codes_x, weights, bias, out_dtype)
         # The int8 codes are all that dW needs; the stream only for the norm, where it is alive as the residual anyway.
         normed = norm_weight is not None
         ctx.save_for_backward(*codes_x, *weights, *((stream, norm_weight, rstd) if normed else ()))
-        ctx.normed, ctx.backend, ctx.dtype, ctx.x_dtype = normed, backend, out_dtype, x.dtype
+        ctx.normed, ctx.backend, ctx.rows, ctx.dtype, ctx.x_dtype = normed, backend, rows, out_dtype, x.dtype
         ctx.delta_dtype = None if delta is None else delta.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.policy = gradient.resolve(_COMPUTE[out_dtype])
-        ctx.shapes = [(m.shape[0], m.dtype) for m in masters if m is not None]
+        ctx.types = [None if m is None else m.dtype for m in masters]
         ctx.set_materialize_grads(False)
-        return y, None if delta is None else stream
+        parts = torch.split(y, rows, dim=1) if len(rows) > 1 else (y,)
+        return None if delta is None else stream, *parts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:  # only the stream was used
-            nothing = [None] * (len(ctx.needs_input_grad) - 2)
-            delta = None if grad_stream is None or ctx.delta_dtype is None else grad_stream.to(ctx.delta_dtype)
-            return grad_stream, delta, *nothing
+    def backward(ctx: Any, grad_stream: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
         codes, scale, *rest = ctx.saved_tensors
         weights, norm = WeightCodes(*rest[:3]), rest[3:]
         backend: Backend = ctx.backend
         dx, dw = ctx.policy
         needs_x, needs_delta, needs_norm, needs_bias = ctx.needs_input_grad[:4]
+        used = next((grad for grad in grads if grad is not None), None)
+        if used is None:  # only the stream was
+            delta = None if grad_stream is None or not needs_delta else grad_stream.to(ctx.delta_dtype)
+            return grad_stream, delta, *[None] * (len(ctx.needs_input_grad) - 2)
+        filled = _fill_in(grads, used, ctx.rows)
         grad_x = grad_norm_weight = None
         if needs_x or needs_delta or needs_norm:
-            grad_x = backend.grad_input(grad, weights, dx, ctx.dtype)
+            grad_x = backend.grad_input(filled, weights, dx, ctx.dtype)
             if ctx.normed:
                 grad_x, grad_norm_weight = backend.grad_norm(grad_x, *norm, grad_stream)
                 grad_norm_weight = grad_norm_weight.to(norm[1].dtype)
@@ -185,12 +196,13 @@ class _BitLinear(torch.autograd.Function):
                 grad_x = grad_x.float() + grad_stream.float()
             grad_x = grad_x.to(ctx.x_dtype)
         grad_delta = grad_x.to(ctx.delta_dtype) if needs_delta and grad_x is not None else None
-        grad_bias = grad.float().sum(0).to(ctx.bias_dtype) if needs_bias else None
-        grad_masters: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 11)
-        if any(ctx.needs_input_grad[11:]):
-            grad_w = backend.grad_weight(grad, TokenCodes(codes, scale), dw)
-            grad_masters = list(_split_rows(grad_w, grad_masters, ctx.shapes))
-        return grad_x, grad_delta, grad_norm_weight, grad_bias, *[None] * 7, *grad_masters
+        grad_bias = torch.cat([g.float().sum(0) for g in filled]).to(ctx.bias_dtype) if needs_bias else None
+        needs_masters = ctx.needs_input_grad[12:]
+        grad_masters: list[Tensor | None] = [None] * len(needs_masters)
+        if any(needs_masters):
+            grads_w = backend.grad_weight(filled, TokenCodes(codes, scale), dw)
+            grad_masters = _master_gradients(grads_w, needs_masters, ctx.types)
+        return grad_x, grad_delta, grad_norm_weight, grad_bias, *[None] * 8, *grad_masters
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
@@ -204,34 +216,41 @@ class _WeightOnlyLinear(torch.autograd.Function):
         codes_w: Tensor,
         row_scale: Tensor,
         backward_codes: Tensor | None,
+        rows: list[int],
         out_dtype: torch.dtype,
         backend: Backend,
         gradient: GradientPolicy,
         *masters: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         x_cast = x.to(out_dtype)
         with torch.autocast(x.device.type, enabled=False):
             # Codes are exact in every float type; the scale is applied to the result, in float32.
             y = (x_cast @ codes_w.to(out_dtype).t()).float() * row_scale
             y = (y if bias is None else y + bias.float()).to(out_dtype)
         ctx.save_for_backward(x_cast, codes_w, row_scale, backward_codes)
-        ctx.backend, ctx.dtype, ctx.x_dtype = backend, out_dtype, x.dtype
+        ctx.backend, ctx.rows, ctx.dtype, ctx.x_dtype = backend, rows, out_dtype, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.policy = gradient.resolve(_COMPUTE[out_dtype])
-        ctx.shapes = [(m.shape[0], m.dtype) for m in masters if m is not None]
-        return y
+        ctx.types = [None if m is None else m.dtype for m in masters]
+        ctx.set_materialize_grads(False)
+        return torch.split(y, rows, dim=1) if len(rows) > 1 else (y,)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
         dx, dw = ctx.policy
+        used = next((grad for grad in grads if grad is not None), None)
+        if used is None:
+            return (None,) * len(ctx.needs_input_grad)
+        filled = _fill_in(grads, used, ctx.rows)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.backend.grad_input(grad, WeightCodes(*rest), dx, ctx.dtype).to(ctx.x_dtype)
-        grad_bias = grad.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        grad_masters: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 8)
-        if any(ctx.needs_input_grad[8:]):
-            with torch.autocast(grad.device.type, enabled=False):
-                grad_w = grad.to(FLOATS[dw]).t() @ x.to(FLOATS[dw])
-            grad_masters = list(_split_rows(grad_w, grad_masters, ctx.shapes))
-        return grad_x, grad_bias, *[None] * 6, *grad_masters
+            grad_x = ctx.backend.grad_input(filled, WeightCodes(*weights), dx, ctx.dtype).to(ctx.x_dtype)
+        needs_bias, needs_masters = ctx.needs_input_grad[1], ctx.needs_input_grad[9:]
+        grad_bias = torch.cat([g.float().sum(0) for g in filled]).to(ctx.bias_dtype) if needs_bias else None
+        grad_masters: list[Tensor | None] = [None] * len(needs_masters)
+        if any(needs_masters):
+            with torch.autocast(used.device.type, enabled=False):
+                grads_w = [grad.to(FLOATS[dw]).t() @ x.to(FLOATS[dw]) for grad in filled]
+            grad_masters = _master_gradients(grads_w, needs_masters, ctx.types)
+        return grad_x, grad_bias, *[None] * 7, *grad_masters

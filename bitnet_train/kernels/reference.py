@@ -1,5 +1,7 @@
 """The reference backend: plain PyTorch on any device. Every other backend is tested against it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,8 @@ class ReferenceBackend:
         with torch.autocast(codes_x.device.type, enabled=False):
             return codes_x.float() @ codes_w.float().t()
 
-    def grad_input(self, grad: Tensor, w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
+    def grad_input(self, grads: Sequence[Tensor], w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
+        grad = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
         with torch.autocast(grad.device.type, enabled=False):
             if dx in FLOATS:
                 dtype = FLOATS[dx]
@@ -76,11 +79,12 @@ class ReferenceBackend:
                 product = codes.codes.float() @ w.codes.float()
             return (product * codes.scale).to(out_dtype)
 
-    def grad_weight(self, grad: Tensor, x: TokenCodes, dw: str) -> Tensor:
-        with torch.autocast(grad.device.type, enabled=False):
+    def grad_weight(self, grads: Sequence[Tensor], x: TokenCodes, dw: str) -> list[Tensor]:
+        with torch.autocast(x.codes.device.type, enabled=False):
             if dw in FLOATS:
-                return grad.to(FLOATS[dw]).t() @ x.dequantise().to(FLOATS[dw])
-            return block_weight_gradient(*quantise_gradient_blocks(grad, x.scale), x.codes)
+                inputs = x.dequantise().to(FLOATS[dw])
+                return [grad.to(FLOATS[dw]).t() @ inputs for grad in grads]
+            return [block_weight_gradient(*quantise_gradient_blocks(grad, x.scale), x.codes) for grad in grads]
 
     def grad_norm(
         self, grad: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, grad_stream: Tensor | None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import Backend, WeightCodes, choose_backend
-from bitnet_train.kernels.op import bit_linear_residual, compute_dtype
+from bitnet_train.kernels.op import compute_dtype, shared_bit_linear
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import rms_norm
 from bitnet_train.quant.spec import GradientPolicy, LayerQuant
@@ -110,13 +110,12 @@ def shared_input_forward(
     for bits in dict.fromkeys(layer.quant.activation_bits for layer in layers if isinstance(layer, BitLinear)):
         group = [layer for layer in layers if isinstance(layer, BitLinear) and layer.quant.activation_bits == bits]
         weights = kept if kept is not None else stack_codes(group)
-        y, x = bit_linear_residual(
-            x, delta, weights.codes, weights.row_scale, [layer.weight for layer in group], bias=_stack_biases(group),
-            norm_weight=norm_weight, norm_eps=norm_eps, activation_bits=bits, backend=group[0].backend,
-            out_dtype=compute_dtype(group[0].weight), gradient=group[0].gradient, backward_codes=weights.backward,
+        parts, x = shared_bit_linear(
+            x, delta, weights, [layer.weight for layer in group], rows=[layer.out_features for layer in group],
+            bias=_stack_biases(group), norm_weight=norm_weight, norm_eps=norm_eps, activation_bits=bits,
+            out_dtype=compute_dtype(group[0].weight), backend=group[0].backend, gradient=group[0].gradient,
         )  # fmt: skip
         delta = None
-        parts = torch.split(y, [layer.out_features for layer in group], dim=-1) if len(group) > 1 else (y,)
         outputs |= {id(layer): part for layer, part in zip(group, parts, strict=True)}
     if delta is not None:
         x = (x.float() + delta.float()).to(x.dtype)

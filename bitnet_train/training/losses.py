@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.errors import ConfigError
@@ -52,11 +51,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, tokens, size):
                 x, wanted = states[start : start + size].to(dtype), targets[start : start + size]
                 logits = x @ head.t()
-                total = total + F.cross_entropy(logits.float(), wanted, reduction="sum")
+                log_sum = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+                total = total + (log_sum - logits.gather(1, wanted[:, None]).float()).sum()
                 if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
                     continue
                 # d loss / d logits = (softmax - one-hot) / tokens
-                grad = torch.softmax(logits.float(), dim=-1) - F.one_hot(wanted, weight.shape[0])
+                words = torch.arange(weight.shape[0], device=logits.device)
+                grad = torch.exp(logits.float() - log_sum) - (words == wanted[:, None]).float()
                 grad = (grad / tokens).to(dtype)
                 grad_states.append(grad @ head)
                 part = (grad.t() @ x).float()

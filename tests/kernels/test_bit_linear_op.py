@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import BACKENDS, Backend, WeightCodes
 from bitnet_train.kernels.config import BACKEND_NAMES
-from bitnet_train.kernels.op import bit_linear, compute_dtype
+from bitnet_train.kernels.op import bit_linear, compute_dtype, shared_bit_linear
 from bitnet_train.nn.bit_linear import shared_input_forward
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
@@ -104,7 +104,7 @@ def test_forward_is_the_integer_product_bit_for_bit(
     for layer in (LayerQuant(), LayerQuant("binary", groups="row")):
         codes = quantise_weight(weight, layer)
         for out_dtype in (torch.float32, torch.bfloat16):
-            y = bit_linear(x, codes.codes, codes.row_scale(), [weight], norm_weight=norm, norm_eps=EPS,
+            y = bit_linear(x, codes.codes, codes.row_scale(), weight, norm_weight=norm, norm_eps=EPS,
                            out_dtype=out_dtype, backend=backend)  # fmt: skip
             assert y.dtype is out_dtype
             assert torch.equal(y, oracle(x, codes, backend, norm).to(out_dtype))
@@ -124,7 +124,7 @@ def test_gradients_are_autograds_through_the_textbook_formula(
     theirs = [t.double().requires_grad_() for t in inputs]
     grad = torch.randn(m, n)
     codes = quantise_weight(mine[1], layer)
-    y = bit_linear(mine[0], codes.codes, codes.row_scale(), [mine[1]], norm_weight=mine[2] if normed else None,
+    y = bit_linear(mine[0], codes.codes, codes.row_scale(), mine[1], norm_weight=mine[2] if normed else None,
                    norm_eps=EPS, activation_bits=layer.activation_bits, backend=backend)  # fmt: skip
     expected = textbook(theirs[0], theirs[1], layer, theirs[2] if normed else None)
     if not normed:  # a norm in float64 may round to another code
@@ -153,7 +153,7 @@ def test_bf16_gradients_are_within_bf16_rounding(backend: Backend, normed: bool,
     codes = quantise_weight(mine[1], layer)
     grad = torch.randn(40, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        y = bit_linear(mine[0], codes.codes, codes.row_scale(), [mine[1]], norm_weight=mine[2] if normed else None,
+        y = bit_linear(mine[0], codes.codes, codes.row_scale(), mine[1], norm_weight=mine[2] if normed else None,
                        norm_eps=EPS, activation_bits=bits, backend=backend,
                        gradient=GradientPolicy("bf16", "bf16"))  # fmt: skip
     assert y.dtype is torch.bfloat16
@@ -173,7 +173,7 @@ def test_backends_agree_on_gradients(backend: Backend) -> None:
     results = []
     for chosen in (backend, BACKENDS["reference"]):
         leaves = [t.clone().requires_grad_() for t in (x, weight, norm)]
-        y = bit_linear(leaves[0], codes.codes, codes.row_scale(), [leaves[1]], norm_weight=leaves[2], norm_eps=EPS,
+        y = bit_linear(leaves[0], codes.codes, codes.row_scale(), leaves[1], norm_weight=leaves[2], norm_eps=EPS,
                        backend=chosen)  # fmt: skip
         y.backward(grad)
         results.append([leaf.grad for leaf in leaves])
@@ -188,7 +188,7 @@ def test_row_scales_go_into_the_gradient(backend: Backend) -> None:
     codes = torch.ones(2, 6, dtype=torch.int8)
     for out_row, scale in ((0, 1.0), (1, 100.0)):
         (grad,) = torch.autograd.grad(
-            bit_linear(x, codes, torch.tensor([1.0, 100.0]), [None], backend=backend)[:, out_row].sum(), x
+            bit_linear(x, codes, torch.tensor([1.0, 100.0]), None, backend=backend)[:, out_row].sum(), x
         )
         assert torch.equal(grad, torch.full((4, 6), scale))
 
@@ -198,10 +198,10 @@ def test_any_number_of_leading_dimensions(backend: Backend, leading: tuple[int, 
     x, weight = torch.randn(*leading, 12, requires_grad=True), torch.randn(7, 12, requires_grad=True)
     codes = quantise_weight(weight, LayerQuant())
     for bits in (8, None):
-        y = bit_linear(x, codes.codes, codes.row_scale(), [weight], activation_bits=bits, backend=backend)
+        y = bit_linear(x, codes.codes, codes.row_scale(), weight, activation_bits=bits, backend=backend)
         assert y.shape == (*leading, 7)
         flat = bit_linear(
-            x.reshape(-1, 12), codes.codes, codes.row_scale(), [weight], activation_bits=bits, backend=backend
+            x.reshape(-1, 12), codes.codes, codes.row_scale(), weight, activation_bits=bits, backend=backend
         )
         assert torch.equal(y.reshape(-1, 7), flat)
         grad_x, grad_w = torch.autograd.grad(y.sum(), (x, weight))
@@ -222,13 +222,13 @@ def test_strides_of_input_gradient_and_codes_do_not_matter(backend: Backend) -> 
         x = x.detach().requires_grad_()
         w = weight.clone().requires_grad_()
         assert x.is_contiguous() is dense
-        y = bit_linear(x, w_codes, codes.row_scale(), [w], backend=backend)
+        y = bit_linear(x, w_codes, codes.row_scale(), w, backend=backend)
         results.append((y, *torch.autograd.grad(y, (x, w), grad)))
     for strided, contiguous in zip(*results, strict=True):
         assert torch.allclose(strided, contiguous, rtol=1e-6, atol=1e-6)
     assert torch.equal(results[0][0], results[1][0])
     expanded = torch.randn(3).requires_grad_()
-    y = bit_linear(expanded[:, None].expand(3, 12), codes.codes, codes.row_scale(), [weight], backend=backend)
+    y = bit_linear(expanded[:, None].expand(3, 12), codes.codes, codes.row_scale(), weight, backend=backend)
     y.sum().backward()  # the gradient of a sum is an expanded, stride-0 tensor
     assert expanded.grad is not None
 
@@ -243,9 +243,9 @@ def test_a_bad_token_gives_a_nan_row_and_leaves_the_others(
     norm = torch.rand(35) + 0.5 if normed else None
     codes = quantise_weight(weight, LayerQuant())
     settings = {"norm_weight": norm, "norm_eps": EPS, "out_dtype": out_dtype, "backend": backend}
-    clean = bit_linear(x, codes.codes, codes.row_scale(), [weight], **settings)  # type: ignore[arg-type]
+    clean = bit_linear(x, codes.codes, codes.row_scale(), weight, **settings)  # type: ignore[arg-type]
     x[2, 0], x[4, 34] = bad, bad
-    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], **settings)  # type: ignore[arg-type]
+    y = bit_linear(x, codes.codes, codes.row_scale(), weight, **settings)  # type: ignore[arg-type]
     assert bool(y[[2, 4]].isnan().all())
     assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
 
@@ -254,7 +254,7 @@ def test_bad_weights_give_bad_outputs(backend: Backend) -> None:
     weight = torch.randn(8, 16)
     weight[5, 3] = float("nan")
     codes = quantise_weight(weight, LayerQuant(groups=4))
-    y = bit_linear(torch.randn(3, 16), codes.codes, codes.row_scale(), [weight], backend=backend)
+    y = bit_linear(torch.randn(3, 16), codes.codes, codes.row_scale(), weight, backend=backend)
     assert bool(y[:, 4:6].isnan().all())
     assert bool(torch.isfinite(y[:, [0, 1, 2, 3, 6, 7]]).all())
 
@@ -264,7 +264,7 @@ def test_zero_tokens_give_zeros_and_finite_gradients(backend: Backend, normed: b
     x, weight = torch.zeros(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     norm = torch.ones(8, requires_grad=True)
     codes = quantise_weight(weight, LayerQuant())
-    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], norm_weight=norm if normed else None, norm_eps=EPS,
+    y = bit_linear(x, codes.codes, codes.row_scale(), weight, norm_weight=norm if normed else None, norm_eps=EPS,
                    backend=backend)  # fmt: skip
     assert torch.equal(y, torch.zeros(3, 4))
     y.sum().backward()
@@ -277,7 +277,7 @@ def test_small_tokens_are_not_shrunk(backend: Backend) -> None:
     weight = torch.ones(2, 4)
     codes = quantise_weight(weight, LayerQuant())
     for size in (1e-3, 1e-4, 1e-5):
-        y = bit_linear(torch.full((1, 4), size), codes.codes, codes.row_scale(), [weight], backend=backend)
+        y = bit_linear(torch.full((1, 4), size), codes.codes, codes.row_scale(), weight, backend=backend)
         assert torch.allclose(y, torch.full((1, 2), 4 * size), rtol=1e-5, atol=0)
 
 
@@ -286,9 +286,9 @@ def test_autocast_does_not_round_the_integers(backend: Backend) -> None:
     codes = torch.ones(3, 501, dtype=torch.int8)
     x = torch.full((2, 501), 127.0)
     with torch.autocast("cpu", torch.bfloat16):
-        y = bit_linear(x, codes, torch.ones(3), [None], out_dtype=torch.float32, backend=backend)
-        assert bit_linear(x, codes, torch.ones(3), [None], backend=backend).dtype is torch.bfloat16
-        rounded = bit_linear(x, codes, torch.ones(3), [None], backend=backend)
+        y = bit_linear(x, codes, torch.ones(3), None, out_dtype=torch.float32, backend=backend)
+        assert bit_linear(x, codes, torch.ones(3), None, backend=backend).dtype is torch.bfloat16
+        rounded = bit_linear(x, codes, torch.ones(3), None, backend=backend)
     assert torch.equal(y, torch.full((2, 3), 127.0 * 501))
     assert torch.equal(rounded, y.bfloat16())
 
@@ -298,7 +298,7 @@ def test_norm_and_quantiser_are_one_float32_operation(backend: Backend) -> None:
     x, norm = torch.randn(64, 128).bfloat16(), torch.rand(128) + 0.5
     identity = torch.eye(128, dtype=torch.int8)
     with torch.autocast("cpu", torch.bfloat16):
-        y = bit_linear(x, identity, torch.ones(128), [None], norm_weight=norm, norm_eps=EPS, out_dtype=torch.float32,
+        y = bit_linear(x, identity, torch.ones(128), None, norm_weight=norm, norm_eps=EPS, out_dtype=torch.float32,
                        backend=backend)  # fmt: skip
     wanted = quantise_tokens(rms_norm(x, norm, EPS)[0])
     codes = torch.round(y / wanted.scale).to(torch.int8)
@@ -312,12 +312,12 @@ def test_the_widest_exact_product_is_exact_and_wider_ones_are_refused(backend: B
     codes = torch.ones(2, k, dtype=torch.int8)
     codes[1, ::2] = -1
     x = torch.full((2, k), -3.0)
-    y = bit_linear(x * 0 + 127.0, codes, torch.ones(2), [None], backend=backend)
+    y = bit_linear(x * 0 + 127.0, codes, torch.ones(2), None, backend=backend)
     assert y.tolist() == [[127.0 * k, -127.0]] * 2
     lowest = TokenCodes(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1))
     assert backend.matmul(lowest, WeightCodes(codes[:1], torch.ones(1)), None, torch.float32).item() == -128 * k
     with pytest.raises(ValueError, match="131,071"):
-        bit_linear(torch.ones(2, k + 1), torch.ones(2, k + 1, dtype=torch.int8), torch.ones(2), [None], backend=backend)
+        bit_linear(torch.ones(2, k + 1), torch.ones(2, k + 1, dtype=torch.int8), torch.ones(2), None, backend=backend)
 
 
 @pytest.mark.parametrize("bits", [8, None])
@@ -330,7 +330,7 @@ def test_only_what_learns_gets_a_gradient_and_it_is_the_same(backend: Backend, b
         leaves = {
             name: t.clone().requires_grad_(name in wanted) for name, t in zip("xwn", (x, weight, norm), strict=True)
         }
-        y = bit_linear(leaves["x"], codes.codes, codes.row_scale(), [leaves["w"]], norm_weight=leaves["n"],
+        y = bit_linear(leaves["x"], codes.codes, codes.row_scale(), leaves["w"], norm_weight=leaves["n"],
                        norm_eps=EPS, activation_bits=bits, backend=backend)  # fmt: skip
         assert y.requires_grad is bool(wanted)
         if wanted:
@@ -354,10 +354,12 @@ def test_stacked_masters_get_their_own_rows_of_the_gradient_in_their_type(backen
         torch.randn(r, 12).to(d).requires_grad_(i != 2) for i, (r, d) in enumerate(zip(rows, dtypes, strict=True))
     ]
     quantised = [quantise_weight(m, LayerQuant()) for m in masters]
-    y = bit_linear(x, torch.cat([q.codes for q in quantised]), torch.cat([q.row_scale() for q in quantised]), masters,
-                   backend=backend)  # fmt: skip
+    stack = WeightCodes(torch.cat([q.codes for q in quantised]), torch.cat([q.row_scale() for q in quantised]))
+    outputs, _ = shared_bit_linear(x, None, stack, masters, rows=rows, backend=backend)
+    assert [y.shape for y in outputs] == [(9, n) for n in rows]
+    assert torch.equal(torch.cat(outputs, 1), bit_linear(x, stack.codes, stack.row_scale, None, backend=backend))
     grad = torch.randn(9, 9)
-    y.backward(grad)
+    torch.autograd.backward(outputs, grad.split(rows, dim=1))
     expected = grad.t() @ quantise_tokens(x).dequantise()
     for master, part in zip(masters, expected.split(rows), strict=True):
         if master.requires_grad:
@@ -372,20 +374,20 @@ def test_stacked_masters_get_their_own_rows_of_the_gradient_in_their_type(backen
 def test_the_masters_are_not_read(backend: Backend) -> None:
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
     codes = quantise_weight(weight, LayerQuant())
-    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend)
-    other = bit_linear(x, codes.codes, codes.row_scale(), [torch.full_like(weight, float("nan"))], backend=backend)
+    y = bit_linear(x, codes.codes, codes.row_scale(), weight, backend=backend)
+    other = bit_linear(x, codes.codes, codes.row_scale(), torch.full_like(weight, float("nan")), backend=backend)
     assert torch.equal(y, other)
-    assert torch.equal(y, bit_linear(x, codes.codes, codes.row_scale(), [None], backend=backend))
+    assert torch.equal(y, bit_linear(x, codes.codes, codes.row_scale(), None, backend=backend))
 
 
 def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     codes = quantise_weight(weight, LayerQuant())
     with torch.no_grad():
-        y = bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend)
+        y = bit_linear(x, codes.codes, codes.row_scale(), weight, backend=backend)
     assert y.grad_fn is None
     with torch.inference_mode():
-        assert torch.equal(bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend), y)
+        assert torch.equal(bit_linear(x, codes.codes, codes.row_scale(), weight, backend=backend), y)
 
 
 def test_the_backward_keeps_int8_codes_and_no_float_copy_of_the_input(backend: Backend) -> None:
@@ -398,7 +400,7 @@ def test_the_backward_keeps_int8_codes_and_no_float_copy_of_the_input(backend: B
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        bit_linear(x, codes.codes, codes.row_scale(), [weight], backend=backend)
+        bit_linear(x, codes.codes, codes.row_scale(), weight, backend=backend)
     assert saved
     assert all(not t.is_floating_point() or t.numel() <= 64 for t in saved)
 
@@ -410,7 +412,7 @@ def test_the_backward_keeps_int8_codes_and_no_float_copy_of_the_input(backend: B
 def test_float_inputs_meet_the_dequantised_weights(backend: Backend, dtype: torch.dtype, layer: LayerQuant) -> None:
     x, weight = random_input(10, 33, dtype=dtype), torch.randn(6, 33)
     codes = quantise_weight(weight, layer)
-    y = bit_linear(x, codes.codes, codes.row_scale(), [weight], activation_bits=None, backend=backend)
+    y = bit_linear(x, codes.codes, codes.row_scale(), weight, activation_bits=None, backend=backend)
     expected = F.linear(x.float(), codes.dequantise())
     assert y.dtype is dtype
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
@@ -442,7 +444,7 @@ def test_torch_compile_gives_the_same_codes_and_gradients() -> None:
     codes = quantise_weight(weight, LayerQuant())
 
     def op(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-        return bit_linear(x, codes.codes, codes.row_scale(), [weight], norm_weight=norm, norm_eps=EPS)
+        return bit_linear(x, codes.codes, codes.row_scale(), weight, norm_weight=norm, norm_eps=EPS)
 
     results = []
     for function in (op, torch.compile(op, fullgraph=True)):

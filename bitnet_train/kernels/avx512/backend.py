@@ -6,7 +6,7 @@ Here each matmul is one pass that quantises what it must, and writes the final t
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,17 +67,26 @@ class Avx512Backend(CpuBackend):
         product: Tensor = torch.ops.bitnet_train.avx512_matmul(x.codes, x.scale, w.codes, w.row_scale, bias, out_dtype)
         return product
 
-    def grad_input(self, grad: Tensor, w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
-        if dx != "int8" or grad.dtype not in TYPES or out_dtype not in TYPES:
-            return super().grad_input(grad, w, dx, out_dtype)
-        grad_x: Tensor = torch.ops.bitnet_train.avx512_grad_input(grad, w.codes, w.row_scale, out_dtype)
+    def grad_input(self, grads: Sequence[Tensor], w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
+        if dx != "int8" or grads[0].dtype not in TYPES or out_dtype not in TYPES:
+            return super().grad_input(grads, w, dx, out_dtype)
+        grad_x: Tensor = torch.ops.bitnet_train.avx512_grad_input(list(grads), w.codes, w.row_scale, out_dtype)
         return grad_x
 
-    def grad_weight(self, grad: Tensor, x: TokenCodes, dw: str) -> Tensor:
-        if dw != "int8" or grad.dtype not in TYPES:
-            return super().grad_weight(grad, x, dw)
-        grad_w: Tensor = torch.ops.bitnet_train.avx512_grad_weight(grad, x.codes, x.scale)
-        return grad_w
+    def grad_weight(self, grads: Sequence[Tensor], x: TokenCodes, dw: str) -> list[Tensor]:
+        if dw != "int8" or grads[0].dtype not in TYPES:
+            return super().grad_weight(grads, x, dw)
+        grad_w: Tensor = torch.ops.bitnet_train.avx512_grad_weight(list(grads), x.codes, x.scale)
+        return list(torch.split(grad_w, [grad.shape[1] for grad in grads]))
+
+
+class _Parts:
+    """Matrices (M, N_i) that a kernel reads as one, (M, sum of N_i): pointers and widths as C arrays."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = [part.contiguous() for part in parts]
+        self.pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in self.parts))
+        self.widths = (ctypes.c_int64 * len(parts))(*(part.shape[1] for part in parts))
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -93,6 +102,8 @@ def _call(name: str, *arguments: Any) -> None:
             converted.append(ctypes.c_void_p(0))
         elif isinstance(argument, Tensor):
             converted.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, _Parts):
+            converted.extend((argument.pointers, argument.widths, ctypes.c_int(len(argument.widths))))
         elif isinstance(argument, torch.dtype):
             converted.append(ctypes.c_int(TYPES[argument]))
         elif isinstance(argument, float):
@@ -178,31 +189,32 @@ def _rows_or_columns(codes_w: Tensor) -> tuple[Tensor, bool]:
     return codes_w.t(), True
 
 
-def _grad_input_fake(grad: Tensor, codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return grad.new_empty((grad.shape[0], codes_w.shape[1]), dtype=out_dtype)
+def _grad_input_fake(grads: list[Tensor], codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return codes_w.new_empty((grads[0].shape[0], codes_w.shape[1]), dtype=out_dtype)
 
 
 @_operator(
-    "avx512_grad_input(Tensor grad, Tensor codes_w, Tensor row_scale, ScalarType out_dtype) -> Tensor", _grad_input_fake
+    "avx512_grad_input(Tensor[] grads, Tensor codes_w, Tensor row_scale, ScalarType out_dtype) -> Tensor",
+    _grad_input_fake,
 )
-def _grad_input(grad: Tensor, codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    out = _grad_input_fake(grad, codes_w, row_scale, out_dtype)
-    grad, row_scale = grad.contiguous(), row_scale.contiguous()
+def _grad_input(grads: list[Tensor], codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    out = _grad_input_fake(grads, codes_w, row_scale, out_dtype)
     codes_w, transposed = _rows_or_columns(codes_w)
-    m, n = grad.shape
+    m, n = grads[0].shape[0], codes_w.shape[1 if transposed else 0]
     codes, scale = torch.empty(m, n, dtype=torch.int8), torch.empty(m)
-    _call("quantise_gradient_rows", grad, grad.dtype, row_scale, codes, scale, m, n)
+    parts = _Parts(grads)
+    _call("quantise_gradient_rows", parts, grads[0].dtype, row_scale.contiguous(), codes, scale, m)
     _call("int8_matmul", codes, codes_w, transposed, scale, None, None, out, out_dtype, *out.shape, n)
     return out
 
 
-def _grad_weight_fake(grad: Tensor, codes_x: Tensor, scale_x: Tensor) -> Tensor:
-    return grad.new_empty((grad.shape[1], codes_x.shape[1]), dtype=torch.float32)
+def _grad_weight_fake(grads: list[Tensor], codes_x: Tensor, scale_x: Tensor) -> Tensor:
+    return scale_x.new_empty((sum(grad.shape[1] for grad in grads), codes_x.shape[1]))
 
 
-@_operator("avx512_grad_weight(Tensor grad, Tensor codes_x, Tensor scale_x) -> Tensor", _grad_weight_fake)
-def _grad_weight(grad: Tensor, codes_x: Tensor, scale_x: Tensor) -> Tensor:
-    out = _grad_weight_fake(grad, codes_x, scale_x)
-    grad, codes_x, scale_x = grad.contiguous(), codes_x.contiguous(), scale_x.contiguous()
-    _call("block_weight_gradient", grad, grad.dtype, scale_x, codes_x, out, *grad.shape, codes_x.shape[1])
+@_operator("avx512_grad_weight(Tensor[] grads, Tensor codes_x, Tensor scale_x) -> Tensor", _grad_weight_fake)
+def _grad_weight(grads: list[Tensor], codes_x: Tensor, scale_x: Tensor) -> Tensor:
+    out = _grad_weight_fake(grads, codes_x, scale_x)
+    codes_x, scale_x = codes_x.contiguous(), scale_x.contiguous()
+    _call("block_weight_gradient", _Parts(grads), grads[0].dtype, scale_x, codes_x, out, len(codes_x), *out.shape)
     return out

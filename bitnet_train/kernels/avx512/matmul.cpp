@@ -168,15 +168,16 @@ void few_rows(const int8_t* a, const int8_t* b, const Output& o, int64_t m, int6
         }
 }
 
-// grad (m, n) * by (m) of the tokens of one block and of columns [n0, n0 + 16) to unsigned codes, in tiles of 6 columns:
-// [column / 6][token / 4][column % 6][token % 4], and one scale per column.
-void quantise_block(const void* grad, int type, const float* by, int64_t begin, int64_t end, int64_t n, int64_t n0,
-                    int64_t groups, uint8_t* left, float* scale) {
+// grad (m, width) * by (m) of the tokens of one block and of columns [j, j + 16), which are columns [n0, n0 + 16) of
+// all parts, to unsigned codes, in tiles of 6 columns: [column / 6][token / 4][column % 6][token % 4], and one scale per
+// column.
+void quantise_block(const void* grad, int type, const float* by, int64_t begin, int64_t end, int64_t width, int64_t j,
+                    int64_t n0, int64_t groups, uint8_t* left, float* scale) {
     alignas(64) float values[BLOCK][16];
-    const __mmask16 mask = first_lanes(n - n0);
+    const __mmask16 mask = first_lanes(width - j);
     __m512i largest = _mm512_setzero_si512();
     for (int64_t t = begin; t < end; t++) {
-        const __m512 v = _mm512_mul_ps(load16(grad, t * n + n0, type, mask), _mm512_set1_ps(by[t]));
+        const __m512 v = _mm512_mul_ps(load16(grad, t * width + j, type, mask), _mm512_set1_ps(by[t]));
         _mm512_store_ps(values[t - begin], v);
         largest = max_bits(largest, v);
     }
@@ -276,9 +277,10 @@ void int8_matmul(const int8_t* a, const int8_t* b, int64_t transposed, const flo
     }
 }
 
-// out (n, k) = sum over blocks of 128 tokens of scale[block] * (codes of grad * by).T @ x; grad (m, n), by (m), x (m, k).
-void block_weight_gradient(const void* grad, int type, const float* by, const int8_t* x, float* out, int64_t m,
-                           int64_t n, int64_t k, int threads) {
+// out (n, k) = sum over blocks of 128 tokens of scale[block] * (codes of grad * by).T @ x; by (m), x (m, k), and grad
+// (m, n) lies in parts (m, widths[p]) side by side.
+void block_weight_gradient(const void* const* parts, const int64_t* widths, int count, int type, const float* by,
+                           const int8_t* x, float* out, int64_t m, int64_t n, int64_t k, int threads) {
     const int64_t groups = div_up(m, 4), blocks = div_up(m, BLOCK), panels = div_up(k, COLUMNS), tiles = div_up(n, ROWS);
     const int64_t size = groups * 4 * COLUMNS, left_size = groups * 4 * ROWS;
     int8_t* packed = (int8_t*)scratch<2>(panels * size);
@@ -286,7 +288,6 @@ void block_weight_gradient(const void* grad, int type, const float* by, const in
     // 16 columns are quantised at a time, so the last tiles may reach past n.
     uint8_t* left = (uint8_t*)scratch<5>(left_size * (tiles + 3));
     float* scale = (float*)scratch<6>(sizeof(float) * blocks * n);
-    const int64_t strips = div_up(n, 16);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static) nowait
@@ -297,12 +298,16 @@ void block_weight_gradient(const void* grad, int type, const float* by, const in
                 compensation(packed + p * size + b * BLOCK * COLUMNS, in_block, starts + 4 * (p * blocks + b));
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t work = 0; work < blocks * strips; work++) {
-            const int64_t begin = work / strips * BLOCK, n0 = work % strips * 16;
-            quantise_block(grad, type, by, begin, std::min(m, begin + BLOCK), n, n0, groups, left,
-                           scale + work / strips * n);
+        for (int64_t p = 0, first = 0; p < count; first += widths[p++]) {
+            const int64_t strips = div_up(widths[p], 16);
+#pragma omp for schedule(static) nowait
+            for (int64_t work = 0; work < blocks * strips; work++) {
+                const int64_t b = work / strips, j = work % strips * 16;
+                quantise_block(parts[p], type, by, b * BLOCK, std::min(m, (b + 1) * BLOCK), widths[p], j, first + j,
+                               groups, left, scale + b * n);
+            }
         }
+#pragma omp barrier
         const int64_t chunk = 16, chunks = div_up(tiles, chunk);
 #pragma omp for schedule(dynamic)
         for (int64_t work = 0; work < panels * chunks; work++) {

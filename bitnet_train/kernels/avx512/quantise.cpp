@@ -73,21 +73,25 @@ void quantise_tokens(const void* x, int x_type, const void* delta, int delta_typ
     }
 }
 
-// grad (m, n) * by (n) -> codes (m, n), scale (m).
-void quantise_gradient_rows(const void* grad, int type, const float* by, int8_t* codes, float* scale, int64_t m,
-                            int64_t n, int threads) {
+// grad (m, n) * by (n) -> codes (m, n), scale (m); grad lies in parts (m, widths[p]) side by side.
+void quantise_gradient_rows(const void* const* parts, const int64_t* widths, int count, int type, const float* by,
+                            int8_t* codes, float* scale, int64_t m, int threads) {
+    int64_t n = 0;
+    for (int p = 0; p < count; p++) n += widths[p];
 #pragma omp parallel num_threads(threads)
     {
         float* row = (float*)scratch<0>(sizeof(float) * n);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < m; i++) {
             __m512i largest = _mm512_setzero_si512();
-            for (int64_t j = 0; j < n; j += 16) {
-                __mmask16 mask = first_lanes(n - j);
-                __m512 v = _mm512_mul_ps(load16(grad, i * n + j, type, mask), _mm512_maskz_loadu_ps(mask, by + j));
-                _mm512_mask_storeu_ps(row + j, mask, v);
-                largest = max_bits(largest, v);
-            }
+            for (int64_t p = 0, first = 0; p < count; first += widths[p++])
+                for (int64_t j = 0; j < widths[p]; j += 16) {
+                    __mmask16 mask = first_lanes(widths[p] - j);
+                    __m512 v = load16(parts[p], i * widths[p] + j, type, mask);
+                    v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, by + first + j));
+                    _mm512_mask_storeu_ps(row + first + j, mask, v);
+                    largest = max_bits(largest, v);
+                }
             RowScale s = row_scale(_mm512_reduce_max_epi32(largest), 1e-30f);
             scale[i] = s.scale;
             write_codes(row, n, s.multiplier, codes + i * n);
