@@ -114,6 +114,30 @@ def test_what_is_sound_passes_with_its_measures(found: dict[str, dict[str, objec
     assert found["pruned"]["registers"] == 0
 
 
+@pytest.mark.parametrize(
+    ("capability", "ptx", "used", "problem"),
+    [
+        (90, "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", "wgmma int8", None),
+        (90, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", "mma.sync int8", "instead of wgmma"),
+        (100, "tcgen05.mma.cta_group::1.kind::i8 [%r1]", "tcgen05 int8", None),
+        (100, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", "mma.sync int8", None),
+        (120, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", "mma.sync int8", None),
+        (120, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "", "no int8"),
+    ],
+)
+def test_the_instruction_is_the_generations_own(capability: int, ptx: str, used: str, problem: str | None) -> None:
+    form = next(f for _, _, f in all_specialisations() if isinstance(f, TiledSpecialisation) and f.tile.rows == 128)
+    found, wrong = ahead_of_time.instruction_used(form, capability, ptx)
+    assert found == used
+    assert (wrong is None) if problem is None else (problem in str(wrong))
+
+
+def test_narrow_tiles_may_use_the_older_instruction() -> None:
+    form = next(f for _, _, f in all_specialisations() if isinstance(f, TiledSpecialisation) and f.tile.rows == 16)
+    ptx = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
+    assert ahead_of_time.instruction_used(form, 90, ptx) == ("mma.sync int8", None)
+
+
 def test_every_form_names_its_arguments_and_has_its_own_description() -> None:
     seen = set()
     for module, _, form in all_specialisations():
