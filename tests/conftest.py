@@ -1,12 +1,17 @@
 """What all tests share: fixed random numbers, a calm hypothesis, and a tiny corpus on disk."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which decides at its import: its kernels run in its interpreter here.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from bitnet_train.data.config import BpeTokenizer, DataConfig, FilesCorpus
 from bitnet_train.data.tokenizer import TextTokenizer, train_bpe

@@ -39,6 +39,7 @@ class Backend(Protocol):
     """
 
     name: str
+    device_types: tuple[str, ...] | None  # that it is written for; None for any
 
     def unsupported(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device``, or None when it can."""
@@ -111,7 +112,8 @@ def choose_backend(device: torch.device | str, wanted: str = "auto") -> BackendC
     for backend in reversed(BACKENDS.values()):
         obstacle = backend.unsupported(device)
         if obstacle is None:
-            because = "; ".join(passed_over) or f"the fastest for {device.type}"
-            return BackendChoice(backend, because)
-        passed_over.append(f"{backend.name}: {obstacle}")
+            fastest = f"{'the fastest' if backend.device_types else 'no faster kernels are written'} for {device.type}"
+            return BackendChoice(backend, "; ".join(passed_over) or fastest)
+        if backend.device_types is None or device.type in backend.device_types:
+            passed_over.append(f"{backend.name}: {obstacle}")
     raise ConfigError(f"no kernel backend can run on {device}: {'; '.join(passed_over)}.")

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from bitnet_train.errors import ConfigError, did_you_mean
 
 # Names of the registered backends, so that a typo is answered before torch is loaded.
-BACKEND_NAMES = ("reference", "cpu", "avx512")
+BACKEND_NAMES = ("reference", "cpu", "avx512", "triton")
 
 
 @dataclass
 class KernelConfig:
     # "auto" takes the fastest backend for the device; or the name of one: reference (plain PyTorch), cpu (oneDNN
-    # int8 matmuls), avx512 (own int8 matmuls, compiled on first use).
+    # int8 matmuls), avx512 (own int8 matmuls, compiled on first use), triton
+    # (fused kernels for NVIDIA GPUs).
     backend: str = "auto"
 
 

@@ -14,12 +14,14 @@ from bitnet_train.kernels.avx512.backend import Avx512Backend
 from bitnet_train.kernels.backend import BACKENDS, Backend, WeightCodes, choose_backend, register_backend
 from bitnet_train.kernels.cpu import CpuBackend
 from bitnet_train.kernels.reference import FLOATS, ReferenceBackend
+from bitnet_train.kernels.triton.backend import TritonBackend
 from bitnet_train.quant.activations import TokenCodes, rms_norm
 from bitnet_train.quant.spec import GradientPolicy
 
 register_backend(ReferenceBackend())
 register_backend(CpuBackend())
 register_backend(Avx512Backend())
+register_backend(TritonBackend())
 
 
 def bit_linear(

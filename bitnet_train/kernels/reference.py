@@ -33,6 +33,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    device_types: tuple[str, ...] | None = None
 
     def unsupported(self, device: torch.device) -> str | None:
         return None

@@ -6,7 +6,7 @@ Here each matmul is one pass that quantises what it must, and writes the final t
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from bitnet_train.kernels.avx512.build import load
 from bitnet_train.kernels.backend import Quantised, WeightCodes
 from bitnet_train.kernels.cpu import CpuBackend
+from bitnet_train.kernels.operators import operator
 from bitnet_train.kernels.reference import check_width
 from bitnet_train.quant.activations import TokenCodes
 from bitnet_train.quant.spec import LayerQuant
@@ -115,20 +116,6 @@ def _call(name: str, *arguments: Any) -> None:
 
 # --- operators that torch.compile treats as one node each, with fake implementations that give shapes and types ---
 
-_LIBRARY = torch.library.Library("bitnet_train", "FRAGMENT")
-
-
-def _operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    name = signature.partition("(")[0]
-    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"bitnet_train::{name}", fake, lib=_LIBRARY)
-
-    def implement(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.impl(name, kernel, "CPU")
-        return kernel
-
-    return implement
-
 
 def _quantise_fake(
     x: Tensor, delta: Tensor | None, norm: Tensor | None, eps: float
@@ -142,9 +129,10 @@ def _quantise_fake(
     )
 
 
-@_operator(
+@operator(
     "avx512_quantise(Tensor x, Tensor? delta, Tensor? norm, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _quantise_fake,
+    "CPU",
 )
 def _quantise(
     x: Tensor, delta: Tensor | None, norm: Tensor | None, eps: float
@@ -164,10 +152,11 @@ def _matmul_fake(
     return scale.new_empty((codes.shape[0], codes_w.shape[0]), dtype=out_dtype)
 
 
-@_operator(
+@operator(
     "avx512_matmul(Tensor codes, Tensor scale, Tensor codes_w, Tensor row_scale, Tensor? bias, ScalarType out_dtype)"
     " -> Tensor",
     _matmul_fake,
+    "CPU",
 )
 def _matmul(
     codes: Tensor, scale: Tensor, codes_w: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
@@ -193,9 +182,10 @@ def _grad_input_fake(grads: list[Tensor], codes_w: Tensor, row_scale: Tensor, ou
     return codes_w.new_empty((grads[0].shape[0], codes_w.shape[1]), dtype=out_dtype)
 
 
-@_operator(
+@operator(
     "avx512_grad_input(Tensor[] grads, Tensor codes_w, Tensor row_scale, ScalarType out_dtype) -> Tensor",
     _grad_input_fake,
+    "CPU",
 )
 def _grad_input(grads: list[Tensor], codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     out = _grad_input_fake(grads, codes_w, row_scale, out_dtype)
@@ -212,7 +202,7 @@ def _grad_weight_fake(grads: list[Tensor], codes_x: Tensor, scale_x: Tensor) -> 
     return scale_x.new_empty((sum(grad.shape[1] for grad in grads), codes_x.shape[1]))
 
 
-@_operator("avx512_grad_weight(Tensor[] grads, Tensor codes_x, Tensor scale_x) -> Tensor", _grad_weight_fake)
+@operator("avx512_grad_weight(Tensor[] grads, Tensor codes_x, Tensor scale_x) -> Tensor", _grad_weight_fake, "CPU")
 def _grad_weight(grads: list[Tensor], codes_x: Tensor, scale_x: Tensor) -> Tensor:
     out = _grad_weight_fake(grads, codes_x, scale_x)
     codes_x, scale_x = codes_x.contiguous(), scale_x.contiguous()

@@ -1,0 +1,29 @@
+"""Registers kernels as PyTorch operators, so that torch.compile treats each as one node and needs no graph break."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("bitnet_train", "FRAGMENT")
+
+
+def operator(
+    signature: str, fake: Callable[..., Any], device: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the implementation of ``torch.ops.bitnet_train.<name>``.
+
+    Args:
+        signature: the operator's schema, ``name(Tensor x, ...) -> ...``.
+        fake: gives outputs of the right shape, type and device without computing (and may serve to allocate them).
+        device: dispatch key of the implementation: ``CPU``, or ``CompositeExplicitAutograd`` for any.
+    """
+    name = signature.partition("(")[0]
+    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"bitnet_train::{name}", fake, lib=_LIBRARY)
+
+    def implement(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _LIBRARY.impl(name, kernel, device)
+        return kernel
+
+    return implement
