@@ -14,7 +14,7 @@ class CpuBackend(ReferenceBackend):
     """``torch._int_mm`` in the forward; integers are exact, so the result equals the reference bit for bit."""
 
     name = "cpu"
-    device_types = ("cpu",)
+    device_types: tuple[str, ...] | None = ("cpu",)
 
     def unsupported(self, device: torch.device) -> str | None:
         if device.type != "cpu":

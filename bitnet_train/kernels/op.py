@@ -192,8 +192,9 @@ class _BitLinear(torch.autograd.Function):
         if needs_x or needs_delta or needs_norm:
             grad_x = backend.grad_input(filled, weights, dx, ctx.dtype)
             if ctx.normed:
-                grad_x, grad_norm_weight = backend.grad_norm(grad_x, *norm, grad_stream)
-                grad_norm_weight = grad_norm_weight.to(norm[1].dtype)
+                stream, norm_weight, rstd = norm
+                grad_x, grad_norm_weight = backend.grad_norm(grad_x, stream, norm_weight, rstd, grad_stream)
+                grad_norm_weight = grad_norm_weight.to(norm_weight.dtype)
             elif grad_stream is not None:
                 grad_x = grad_x.float() + grad_stream.float()
             grad_x = grad_x.to(ctx.x_dtype)

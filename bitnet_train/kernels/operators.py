@@ -8,9 +8,10 @@ import torch
 _LIBRARY = torch.library.Library("bitnet_train", "FRAGMENT")
 
 
-def operator(
-    signature: str, fake: Callable[..., Any], device: str
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+Function = Callable[..., Any]
+
+
+def operator(signature: str, fake: Function, device: str) -> Callable[[Function], Function]:
     """Decorates the implementation of ``torch.ops.bitnet_train.<name>``.
 
     Args:
@@ -22,7 +23,7 @@ def operator(
     _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"bitnet_train::{name}", fake, lib=_LIBRARY)
 
-    def implement(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def implement(kernel: Function) -> Function:
         _LIBRARY.impl(name, kernel, device)
         return kernel
 

@@ -138,7 +138,7 @@ def stack_codes(layers: Sequence[BitLinear]) -> WeightCodes:
 def _stack_biases(layers: Sequence[BitLinear]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    biases: list[Tensor] = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
     return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 

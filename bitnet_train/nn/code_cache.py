@@ -68,17 +68,16 @@ class CodeCache:
         self._measure_next = False
         zeros: list[Tensor] = []
         flips: list[Tensor] = []
-        for module in (*self._shared, *self._single):
+        modules: list[SharedInput | BitLinear] = [*self._shared, *self._single]
+        for module in modules:
             before = module.codes.clone() if measure and module.codes is not None else None
-            if isinstance(module, SharedInput):
-                refresh_stack(module)
-            else:
-                refresh_layer(module)
-            assert module.codes is not None
+            refresh(module)
+            codes = module.codes
+            assert codes is not None
             if measure:
-                zeros.append((module.codes == 0).sum())
+                zeros.append(codes.eq(0).sum())
                 if before is not None:
-                    flips.append((module.codes != before.to(module.codes.device)).sum())
+                    flips.append(codes.ne(before.to(codes.device)).sum())
         if measure and zeros:
             none = torch.zeros_like(zeros[0])
             total = sum(layer.weight.numel() for layer in self._layers)
@@ -103,24 +102,29 @@ class CodeCache:
 @torch.no_grad()
 def _refresh_loaded(model: nn.Module, _: Any) -> None:
     """Refreshes the codes that ``model`` keeps; a plain function of the model, so that copies and pickles carry it."""
-    stacked: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, SharedInput) and module.kept is not None:
-            refresh_stack(module)
-            stacked |= {id(layer) for layer in module.bit_layers}
-    for module in model.modules():
-        if isinstance(module, BitLinear) and module.kept is not None and id(module) not in stacked:
-            refresh_layer(module)
+    keeping = [m for m in model.modules() if isinstance(m, (SharedInput, BitLinear)) and m.kept is not None]
+    stacked = {id(layer) for m in keeping if isinstance(m, SharedInput) for layer in m.bit_layers}
+    for module in keeping:
+        if id(module) not in stacked:
+            refresh(module)
+
+
+def refresh(module: SharedInput | BitLinear) -> None:
+    """Bring the kept codes of a stack, or of a layer outside stacks, up to the master weights."""
+    if isinstance(module, SharedInput):
+        refresh_stack(module)
+    else:
+        refresh_layer(module)
 
 
 def refresh_layer(layer: BitLinear) -> None:
     """Bring the kept codes of a single layer up to its master weight, in place: compiled graphs hold the buffers."""
     kept = layer.kept
     if kept is None or kept.codes.device != layer.weight.device:
-        layer.keep(layer.choose_backend(layer.weight.device).quantise_weight(layer.weight, layer.quant))
+        layer.keep(layer.choose_backend(layer.weight.device).quantise_weight(_whole(layer.weight), layer.quant))
     else:
         backend = layer.choose_backend(layer.weight.device)
-        kept.scale.copy_(backend.quantise_weight(layer.weight, layer.quant, kept.codes).scale)
+        kept.scale.copy_(backend.quantise_weight(_whole(layer.weight), layer.quant, kept.codes).scale)
 
 
 def refresh_stack(shared: SharedInput) -> None:
@@ -134,12 +138,18 @@ def refresh_stack(shared: SharedInput) -> None:
         _allocate(shared, device)
     for layer, codes, row_scale, backward in _parts(shared):
         kernels, kept = layer.choose_backend(device), layer.kept
-        fresh = kernels.quantise_weight(layer.weight, layer.quant, codes, backward)
+        fresh = kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward)
         if kept is not None and kept.codes.data_ptr() == codes.data_ptr() and kept.codes.device == device:
             kept.scale.copy_(fresh.scale)
         else:
             layer.keep(Codes(codes, fresh.scale))
         row_scale.copy_(fresh.row_scale())
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight itself, or all rows of one that FSDP2 has sharded: a shard's own mean would give other codes."""
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
 
 
 def _allocate(shared: SharedInput, device: torch.device) -> None:

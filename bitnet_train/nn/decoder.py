@@ -176,12 +176,13 @@ class Decoder(nn.Module):
             raise ValueError(f"{start + tokens} tokens exceed model.context={self.cfg.context}")
         mask = _attention_mask(tokens, start, documents, ids.device, cache is not None)
         place = Place(self.cos[start : start + tokens], self.sin[start : start + tokens], mask)
-        x, delta = self.embed_tokens(ids).to(self.residual_dtype), None
+        x: Tensor = self.embed_tokens(ids).to(self.residual_dtype)
+        delta: Tensor | None = None
         for i, block in enumerate(self.layers):
             x, delta = block(x, delta, place, cache, i)
         if cache is not None:
             cache.length += tokens
-        return self.norm((x.float() + delta.float()).to(x.dtype))
+        return self.norm(x if delta is None else (x.float() + delta.float()).to(x.dtype))
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (batch, tokens) -> logits (batch, tokens, vocab) in the autocast type or the parameters' type."""

@@ -456,3 +456,145 @@ def test_torch_compile_gives_the_same_codes_and_gradients() -> None:
     assert bool(((results[0][0] - results[1][0]).abs() < 0.01 * step).all())
     for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
+
+
+@pytest.mark.parametrize("policy", [("int8", "bf16"), ("fp8", "bf16"), ("bf16", "int8"), ("int8", "int8")])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 5), (129, 70, 45), (300, 130, 127)])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_gradients_are_the_references(
+    backend: Backend, policy: tuple[str, str], shape: tuple[int, int, int], grad_dtype: torch.dtype
+) -> None:
+    m, k, n = shape
+    rows = (n, 1, n)
+    x, codes_w = quantise_tokens(random_input(m, k)), torch.randint(-1, 2, (sum(rows), k), dtype=torch.int8)
+    weights = WeightCodes(codes_w, torch.rand(sum(rows)))
+    grads = [(torch.randn(m, r) * 1e-6).to(grad_dtype) for r in rows]
+    grads[0] = grads[0].t().contiguous().t()
+    reference, (dx, dw) = BACKENDS["reference"], policy
+    for out_dtype in (torch.float32, torch.bfloat16):
+        got = backend.grad_input(grads, weights, dx, out_dtype)
+        wanted = reference.grad_input(grads, weights, dx, out_dtype)
+        assert got.dtype is out_dtype
+        if dx == "int8":  # integers: every backend the same, bit for bit
+            assert torch.equal(got, wanted)
+        else:
+            assert torch.allclose(got.float(), wanted.float(), rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
+    for got, wanted in zip(backend.grad_weight(grads, x, dw), reference.grad_weight(grads, x, dw), strict=True):
+        if dw == "int8":
+            assert got.dtype is torch.float32
+            assert torch.equal(got, wanted)
+        else:
+            assert torch.allclose(got.float(), wanted.float(), rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("policy", ["bf16", "int8", "fp8"])
+def test_a_bad_gradient_shows(backend: Backend, policy: str) -> None:
+    grad = torch.randn(140, 6)
+    grad[130, 2] = float("nan")
+    weights = WeightCodes(torch.randint(-1, 2, (6, 9), dtype=torch.int8), torch.ones(6))
+    grad_x = backend.grad_input([grad], weights, policy, torch.float32)
+    assert bool(grad_x[130].isnan().any())
+    assert bool(torch.isfinite(grad_x[:130]).all())
+    if policy != "fp8":
+        (grad_w,) = backend.grad_weight([grad], quantise_tokens(torch.randn(140, 9)), policy)
+        assert grad_w.isnan().any(1).tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("bits", [8, None])
+def test_the_residual_is_added_and_its_gradient_passes(backend: Backend, bits: int | None) -> None:
+    x, delta, norm = torch.randn(5, 12), torch.randn(5, 12).bfloat16(), torch.rand(12) + 0.5
+    weight = torch.randn(7, 12)
+    codes = quantise_weight(weight, LayerQuant())
+    weights = WeightCodes(codes.codes, codes.row_scale())
+    grad, grad_stream = torch.randn(5, 7), torch.randn(5, 12)
+
+    def run(fused: bool) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, delta, norm, weight)]
+        summed = leaves[0] if fused else leaves[0] + leaves[1].float()
+        (y,), stream = shared_bit_linear(
+            summed, leaves[1] if fused else None, weights, [leaves[3]], norm_weight=leaves[2], norm_eps=EPS,
+            activation_bits=bits, backend=backend, gradient=GradientPolicy("bf16", "bf16"),
+        )  # fmt: skip
+        return y, stream, *torch.autograd.grad([y, stream], leaves, [grad, grad_stream])
+
+    for got, wanted in zip(run(True), run(False), strict=True):
+        assert got.dtype is wanted.dtype
+        assert torch.allclose(got, wanted, rtol=1e-2 if got.dtype is torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_only_the_stream_is_used(backend: Backend) -> None:
+    x, delta = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    weights = WeightCodes(torch.ones(2, 4, dtype=torch.int8), torch.ones(2))
+    _, stream = shared_bit_linear(x, delta, weights, [None], backend=backend)
+    grads = torch.autograd.grad(stream.sum(), (x, delta))
+    assert all(torch.equal(grad, torch.ones(3, 4)) for grad in grads)
+
+
+def test_the_bias_is_added_before_rounding_and_learns(backend: Backend) -> None:
+    x, weight, bias = torch.randn(6, 8), torch.randn(5, 8), torch.randn(5, requires_grad=True)
+    codes = quantise_weight(weight, LayerQuant())
+    for bits in (8, None):
+        y = bit_linear(x, codes.codes, codes.row_scale(), None, bias=bias, activation_bits=bits,
+                       out_dtype=torch.bfloat16, backend=backend)  # fmt: skip
+        bare = bit_linear(x, codes.codes, codes.row_scale(), None, activation_bits=bits, out_dtype=torch.float32,
+                          backend=backend)  # fmt: skip
+        if bits == 8:
+            assert torch.equal(y, (bare + bias).bfloat16())
+        (grad,) = torch.autograd.grad(y.float().sum(), bias)
+        assert torch.equal(grad, torch.full((5,), 6.0))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients(backend: Backend, use_reentrant: bool) -> None:
+    x, weight = torch.randn(6, 16, requires_grad=True), torch.randn(5, 16, requires_grad=True)
+    codes = quantise_weight(weight, LayerQuant())
+
+    def run(x: Tensor) -> Tensor:
+        return bit_linear(x, codes.codes, codes.row_scale(), weight, backend=backend).square()
+
+    wanted = torch.autograd.grad(run(x).sum(), (x, weight))
+    run_again = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=use_reentrant)
+    run_again.sum().backward()
+    assert torch.equal(x.grad, wanted[0])  # type: ignore[arg-type]
+    assert torch.equal(weight.grad, wanted[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [("bf16", "bf16"), ("int8", "int8")])
+def test_compiled_there_is_one_graph_and_the_same_result(backend: Backend, policy: tuple[str, str]) -> None:
+    weight = torch.randn(8, 16)
+    codes = quantise_weight(weight, LayerQuant())
+    weights = WeightCodes(codes.codes, codes.row_scale())
+
+    def run(x: Tensor, delta: Tensor, master: Tensor) -> Tensor:
+        outputs, stream = shared_bit_linear(
+            x, delta, weights, [master, master[:4]], rows=(4, 4), norm_weight=torch.ones(16), norm_eps=EPS,
+            backend=backend, gradient=GradientPolicy(*policy),
+        )  # fmt: skip
+        return torch.cat([*outputs, stream], 1)
+
+    masters = weight[:4]
+    results = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (torch.ones(5, 16).cumsum(0), torch.ones(5, 16), masters)]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["quantise", "matmul", "grad_input", "grad_weight"])
+def test_the_avx512_operators_are_registered_as_torch_compile_wants_them(name: str) -> None:
+    if "avx512" not in NAMES:
+        pytest.skip("this CPU has no AVX-512 kernels")
+    x, norm, scale, row_scale = torch.randn(5, 12), torch.rand(12), torch.rand(5, 1), torch.rand(9)
+    codes_x = torch.randint(-127, 128, (5, 12), dtype=torch.int8)
+    codes_w = torch.randint(-1, 2, (9, 12), dtype=torch.int8)
+    grads = [torch.randn(5, 4), torch.randn(5, 5)]
+    arguments = {
+        "quantise": (x, x, norm, EPS),
+        "matmul": (codes_x, scale, codes_w, row_scale, row_scale, torch.bfloat16),
+        "grad_input": (grads, codes_w, row_scale, torch.bfloat16),
+        "grad_weight": (grads, codes_x, scale),
+    }[name]
+    op = getattr(torch.ops.bitnet_train, f"avx512_{name}").default
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

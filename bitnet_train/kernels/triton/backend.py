@@ -28,7 +28,7 @@ class TritonBackend(ReferenceBackend):
     """What the kernels do not cover (float64, and fp8 before Ada) runs as in the reference."""
 
     name = "triton"
-    device_types = ("cuda",)
+    device_types: tuple[str, ...] | None = ("cuda",)
 
     def unsupported(self, device: torch.device) -> str | None:
         if device.type != "cuda":
