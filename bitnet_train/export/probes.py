@@ -49,6 +49,8 @@ class ProbeResult:
     """The worst relative L2 error of each kind of piece."""
 
     linears: Worst = field(default_factory=Worst)
+    # Our linears behind our norms, as one operation against two: sums in another order may round to another code.
+    fused: Worst = field(default_factory=Worst)
     norms: Worst = field(default_factory=Worst)
     # Norms whose input is so small that epsilon decides about half of the result.
     quiet_norms: Worst = field(default_factory=Worst)
@@ -74,7 +76,9 @@ def probe(ours: Decoder, theirs: Any, ids: Tensor) -> ProbeResult:
         normed = x if norm is None else _compare_norm(names[id(norm)], norm, theirs, x, result)
         for layer, output in zip(module.layers, outputs, strict=True):
             layer_name = names[id(layer)]
-            result.linears.take(layer_name, relative_error(output, theirs.get_submodule(hf_name(layer_name))(normed)))
+            alone = layer(normed)
+            result.linears.take(layer_name, relative_error(alone, theirs.get_submodule(hf_name(layer_name))(normed)))
+            result.fused.take(layer_name, relative_error(alone, output))
         if part in ("qkv", "gate_up"):
             pending[part] = (normed, outputs)
         elif part == "out":

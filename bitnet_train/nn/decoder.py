@@ -25,7 +25,7 @@ from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decod
 from bitnet_train.nn.kv_cache import KVCache
 from bitnet_train.nn.layout import block_linears, check_spec
 from bitnet_train.nn.norm import RMSNorm
-from bitnet_train.nn.rotary import rotary_table, rotate
+from bitnet_train.nn.rotary import negate_first_half, rotary_table, rotate
 from bitnet_train.quant.spec import QuantSpec
 
 
@@ -50,7 +50,7 @@ class Place(NamedTuple):
     """Where the tokens are: rotary tables (tokens, head_dim), and a mask where plain causal attention will not do."""
 
     cos: Tensor
-    sin: Tensor
+    signed_sin: Tensor
     mask: Tensor | None
 
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         q, k, v = (
             part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in parts
         )  # each (batch, heads, tokens, head_dim)
-        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        q, k = rotate(q, place.cos, place.signed_sin), rotate(k, place.cos, place.signed_sin)
         if cache is not None:
             k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
             k, v = k.to(q.dtype), v.to(q.dtype)
@@ -175,7 +175,8 @@ class Decoder(nn.Module):
         if start + tokens > self.cfg.context:
             raise ValueError(f"{start + tokens} tokens exceed model.context={self.cfg.context}")
         mask = _attention_mask(tokens, start, documents, ids.device, cache is not None)
-        place = Place(self.cos[start : start + tokens], self.sin[start : start + tokens], mask)
+        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
+        place = Place(cos, negate_first_half(sin), mask)
         x: Tensor = self.embed_tokens(ids).to(self.residual_dtype)
         delta: Tensor | None = None
         for i, block in enumerate(self.layers):

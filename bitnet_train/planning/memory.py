@@ -13,13 +13,14 @@ master weights         4 per parameter
 gradients              4 per parameter
 optimizer state        8 per parameter (two moments in float32)
 code buffers           1 per quantised parameter, 4 per quantised row
-compute-type copies    c per parameter of the head and of float linear layers, which autocast converts (0 in 32-true)
+compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)
 quantised inputs       int8 codes, and 8 per token for scale and 1/rms: once for q, k, v, once for gate and up
 norm inputs            the residual before attention and FFN (r), the inner state before each sub-norm (c)
 float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
 attention              rotated q and k, the v that lies inside the stacked q/k/v product, the output (all c), 4 per head
 FFN                    the stacked gate/up product, the activation and (relu2) its square (all c)
-head and loss          final state and normed state (float32), its copy (c), logits (c) and twice their float32 size
+head and loss          final state and normed state (float32), the loss's gradients of it (c) and of the head (4)
+loss chunk             the head's copy (c), and of one chunk of tokens the logits (c), float32 logits and their gradient
 =====================  ===============================================================================================
 
 A test holds the activations equal to what autograd really saves.
@@ -31,6 +32,7 @@ from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDty
 from bitnet_train.nn.layout import block_linears, quantised_layers
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
+from bitnet_train.training.chunks import chunk_tokens
 
 FLOAT32 = 4
 
@@ -81,7 +83,7 @@ def _code_buffers(cfg: DecoderConfig, spec: QuantSpec, counts: ParameterCounts) 
 
 
 def _compute_copies(cfg: DecoderConfig, counts: ParameterCounts, compute: int) -> int:
-    return 0 if compute == FLOAT32 else compute * (cfg.vocab * cfg.hidden + counts.linear.get("float", 0))
+    return 0 if compute == FLOAT32 else compute * counts.linear.get("float", 0)
 
 
 def _activations(cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int) -> dict[str, int]:
@@ -89,11 +91,14 @@ def _activations(cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int)
     for layer in range(cfg.layers):
         for part, size in _block_per_token(cfg, spec, layer, compute).items():
             parts[part] += tokens * size
-    # The final norm keeps its input and its normed state, then the head its own input; the loss holds the logits, their
-    # float32 copy and the log-probabilities together.
+    # The final norm keeps its input and its normed state; the loss keeps its gradients, computed in the forward pass.
     residual = _residual_bytes(cfg)
     state = cfg.hidden * (FLOAT32 + FLOAT32 + (compute if compute != FLOAT32 or residual != FLOAT32 else FLOAT32))
-    parts["head and loss"] = tokens * (state + FLOAT32 + cfg.vocab * (compute + 2 * FLOAT32))
+    parts["head and loss"] = tokens * (state + FLOAT32) + FLOAT32 * cfg.vocab * cfg.hidden
+    # Counted for a GPU, whose chunks are larger.
+    chunk = min(tokens, chunk_tokens(cfg.vocab, "cuda"))
+    head_copy = 0 if compute == FLOAT32 else compute * cfg.vocab * cfg.hidden
+    parts["loss chunk"] = head_copy + chunk * cfg.vocab * (compute + 2 * FLOAT32)
     return parts
 
 

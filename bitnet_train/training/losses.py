@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.chunks import chunk_tokens
 from bitnet_train.training.config import CrossEntropyLoss, LossConfig
 
 # (states (batch, tokens, hidden), head weight (vocab, hidden), targets (batch, tokens)) -> scalar mean over all tokens
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# Logits of a chunk: 2^22 in float32 are 16 MB, about a CPU's outer cache, and 2^26 are 256 MB on a GPU.
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
-
-
-def chunk_tokens(vocab: int, device: str) -> int:
-    """How many tokens' logits are computed at a time: a power of two, at least 64."""
-    tokens = CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // vocab
-    return max(64, 1 << max(tokens, 1).bit_length() - 1)
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

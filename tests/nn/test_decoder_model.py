@@ -12,7 +12,7 @@ from bitnet_train.nn.config import Activation, DecoderConfig, NormalInit, Norms,
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.nn.kv_cache import KVCache
-from bitnet_train.nn.rotary import rotary_table, rotate
+from bitnet_train.nn.rotary import negate_first_half, rotary_table, rotate
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +91,7 @@ def test_rotary_positions_are_transformers(head_dim: int, theta: float) -> None:
     ours = rotary_table(head_dim, context, theta)
     assert torch.equal(ours[0], cos[0])
     assert torch.equal(ours[1], sin[0])
+    ours = ours[0], negate_first_half(ours[1])
     for mine, theirs in zip((rotate(q, *ours), rotate(k, *ours)), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
     assert rotate(q.bfloat16(), *ours).dtype is torch.bfloat16
@@ -98,6 +99,7 @@ def test_rotary_positions_are_transformers(head_dim: int, theta: float) -> None:
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     cos, sin = rotary_table(16, 50, 1000.0)
+    sin = negate_first_half(sin)
     q, k = torch.randn(16), torch.randn(16)
     turned_q = rotate(q.expand(1, 1, 50, 16), cos, sin)[0, 0]
     turned_k = rotate(k.expand(1, 1, 50, 16), cos, sin)[0, 0]
