@@ -1,12 +1,12 @@
 # make demo: set everything up, train a ternary model, export it, verify the export, use it.
-# make test: the same set-up, then the tests.
+# make test: the same set-up, then the tests. make check-kernels: the GPU kernels, on a machine without a GPU.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test setup lint format clean
+.PHONY: demo test check-kernels setup lint format clean
 
 demo: setup
 	$(BIN)/python -m bitnet_train +recipe=tiny
@@ -28,6 +28,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $(READY)
+
+# Triton's kernels without a GPU: against the oracle in Triton's interpreter, then compiled for six GPU generations.
+check-kernels: setup
+	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m bitnet_train.kernels.triton.ahead_of_time
 
 lint: setup
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ from bitnet_train.quant.weights import SCALE_FLOOR, Codes
 
 # The types that the kernels read and write, as their enum Type numbers them.
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# Quantised gradients are scattered through 32-bit offsets of four codes each.
+LARGEST_SCATTERED = 2**32
 
 
 class Avx512Backend(CpuBackend):
@@ -75,7 +77,8 @@ class Avx512Backend(CpuBackend):
         return grad_x
 
     def grad_weight(self, grads: Sequence[Tensor], x: TokenCodes, dw: str) -> list[Tensor]:
-        if dw != "int8" or grads[0].dtype not in TYPES:
+        total = sum(grad.numel() for grad in grads)
+        if dw != "int8" or grads[0].dtype not in TYPES or total >= LARGEST_SCATTERED:
             return super().grad_weight(grads, x, dw)
         grad_w: Tensor = torch.ops.bitnet_train.avx512_grad_weight(list(grads), x.codes, x.scale)
         return list(torch.split(grad_w, [grad.shape[1] for grad in grads]))
