@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig
@@ -41,6 +43,7 @@ class Command(Enum):
     verify = "verify"
     evaluate = "evaluate"
     generate = "generate"
+    benchmark = "benchmark"
 
 
 # Commands that read the configuration of the run they work on.
@@ -57,7 +60,7 @@ class PathsConfig:
 
 @dataclass
 class Config(RunConfig):
-    # What to do: train, prepare, estimate, export, verify, evaluate or generate.
+    # What to do: train, prepare, estimate, export, verify, evaluate, generate or benchmark.
     command: Command = Command.train
     # Name of the run's folder under paths.runs; null for the recipe's name.
     run_name: str | None = None
@@ -73,6 +76,8 @@ class Config(RunConfig):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # What generate writes.
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    # What benchmark compares.
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
 
 # Where the configuration has a choice of variants: key -> name -> dataclass. These are Hydra's config groups too.
@@ -90,9 +95,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
-    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "logger", "checkpoint",
-    "samples", "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every", "trainer.micro_batch",
-    "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
+    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "logger",
+    "checkpoint", "samples", "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
+    "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip
 
 
@@ -126,6 +131,44 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}."
         )
+    check_benchmark(cfg.benchmark)
+    if cfg.command is Command.benchmark:
+        check_benchmarked(cfg)
+
+
+def check_benchmarked(cfg: Config) -> None:
+    """Raises ConfigError for a recipe, or a variant of it, that ``command=benchmark`` cannot run."""
+    if isinstance(cfg.trainer.micro_batch, str):
+        raise ConfigError(
+            f"command=benchmark needs one micro-batch for everything it compares, not trainer.micro_batch="
+            f"{cfg.trainer.micro_batch}: give a number, or null for the whole step at once."
+        )
+    for variant in cfg.benchmark.variants:
+        with_overrides(cfg, variant.overrides, f"benchmark.variants, {variant.name}")
+
+
+def with_overrides(cfg: Config, overrides: list[str], origin: str) -> Config:
+    """``cfg`` with ``key=value`` settings of a run on top, validated. Raises ConfigError, which names ``origin``."""
+    node = OmegaConf.structured(cfg)
+    try:
+        for line in overrides:
+            key, _, value = line.lstrip("+").replace("/", ".").partition("=") if "=" in line else (line, "", None)
+            if value is None or key.split(".")[0] not in {f.name for f in fields(RunConfig)}:
+                raise ConfigError(f"'{line}' is no key=value setting of a run.")
+            options = VARIANTS.get(key)
+            if options is not None and value in options:
+                OmegaConf.update(node, key, OmegaConf.structured(options[value]), merge=False)
+            else:
+                node.merge_with_dotlist([line])
+        plain = OmegaConf.to_object(node)
+        assert isinstance(plain, Config)
+        plain.benchmark = BenchmarkConfig()
+        validate(plain)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}.") from None
+    return plain
 
 
 def check_names(cfg: Config) -> None:

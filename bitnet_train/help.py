@@ -16,6 +16,7 @@ Commands (command=...)
   verify     reload a run's exports with their real consumers and compare with the run
   evaluate   loss and bits per byte of a run or an export, on any text
   generate   let a run or an export continue a prompt
+  benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)
   +recipe=tiny                             train on this Python's source, about 3 minutes
@@ -26,6 +27,7 @@ Examples (each after python -m bitnet_train)
   command=export run=runs/tiny
   command=evaluate run=runs/tiny evaluate.text=README.md
   command=generate run=runs/tiny 'generate.prompt="import os"'
+  +recipe=small command=benchmark          speed and memory beside bf16, on this machine
   --config-dir ~/mine +recipe=custom       your own recipe in ~/mine/custom.yaml
 """
 

@@ -1,0 +1,66 @@
+"""Bar charts of the results as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitnet_train.benchmarking.results import StepResults
+
+OWN, REFERENCE, OTHER = "#1b7f5c", "#4a4a4a", "#8fb3d9"
+
+
+def draw_step(results: StepResults, title: str, file: Path) -> None:
+    """Tokens per second and, where it was measured, memory of every contender, with the ratio written on the bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = results.timed
+    names = list(timed)
+    reference = results.reference
+    memories = {name: r.memory.model / 1e6 for name, r in timed.items() if r.memory is not None}
+    panels = 2 if memories else 1
+    figure = Figure(figsize=(6.2 * panels + 1.2, 1.6 + 0.5 * len(names)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    colours = [REFERENCE if n == reference else OWN if timed[n].contender.layers == "own" else OTHER for n in names]
+    speeds = [timed[name].tokens_per_second for name in names]
+    marks = []
+    for name in names:
+        ratio = results.ratio(name)
+        marks.append("" if ratio is None else f"{ratio.of_medians:.2f}x")
+    _bars(axes[0], names, speeds, colours, marks, f"tokens per second (written on: times {reference})")
+    whiskers = [
+        [speed - r.tokens / r.time.upper for speed, r in zip(speeds, timed.values(), strict=True)],
+        [r.tokens / r.time.lower - speed for speed, r in zip(speeds, timed.values(), strict=True)],
+    ]
+    axes[0].errorbar(speeds, range(len(names)), xerr=whiskers, fmt="none", ecolor="black", elinewidth=0.9, capsize=2.5)
+    if memories:
+        base = memories.get(reference or "")
+        values = [memories.get(name, 0.0) for name in names]
+        marks = [
+            "not measured" if n not in memories else f"{memories[n] / base:.2f}x" if base else f"{memories[n]:,.0f}"
+            for n in names
+        ]
+        _bars(axes[1], names, values, colours, marks, "peak memory of model and step, MB (10^6 bytes)")
+    figure.suptitle(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def _bars(
+    panel: Any, names: Sequence[str], values: Sequence[float], colours: Sequence[str], marks: Sequence[str], label: str
+) -> None:
+    panel.barh(range(len(names)), values, color=colours, height=0.66)
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xlabel(label)
+    largest = max(values, default=0.0) or 1.0
+    panel.set_xlim(0, 1.18 * largest)
+    panel.grid(axis="x", alpha=0.3)
+    panel.set_axisbelow(True)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for place, (value, mark) in enumerate(zip(values, marks, strict=True)):
+        panel.annotate(
+            mark, (value, place), textcoords="offset points", xytext=(7, 0), verticalalignment="center", fontsize=9
+        )
+    if not panel.yaxis_inverted():
+        panel.invert_yaxis()
