@@ -73,6 +73,7 @@ ALLOWED = {
     "export": "export.dtype=bfloat16",
     "evaluate": "evaluate.window=64",
     "generate": "generate.seed=7",
+    "benchmark": "benchmark.rounds=3",
     "logger": "logger=wandb",
     "checkpoint": "checkpoint.every_steps=3",
     "samples": "samples.temperature=0.1",

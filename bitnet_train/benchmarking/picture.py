@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_train.benchmarking.results import StepResults
+from bitnet_train.benchmarking.results import ContenderResult, StepResults
+from bitnet_train.quant.spec import build_spec
 
 OWN, REFERENCE, OTHER = "#1b7f5c", "#4a4a4a", "#8fb3d9"
 
@@ -22,13 +23,14 @@ def draw_step(results: StepResults, title: str, file: Path) -> None:
     figure = Figure(figsize=(6.2 * panels + 1.2, 1.6 + 0.5 * len(names)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    colours = [REFERENCE if n == reference else OWN if timed[n].contender.layers == "own" else OTHER for n in names]
+    colours = [REFERENCE if n == reference else OWN if _ternary(r) else OTHER for n, r in timed.items()]
     speeds = [timed[name].tokens_per_second for name in names]
     marks = []
     for name in names:
         ratio = results.ratio(name)
         marks.append("" if ratio is None else f"{ratio.of_medians:.2f}x")
-    _bars(axes[0], names, speeds, colours, marks, f"tokens per second (written on: times {reference})")
+    ends = [r.tokens / r.time.lower for r in timed.values()]
+    _bars(axes[0], names, speeds, ends, colours, marks, f"tokens per second (written on: times {reference})")
     whiskers = [
         [speed - r.tokens / r.time.upper for speed, r in zip(speeds, timed.values(), strict=True)],
         [r.tokens / r.time.lower - speed for speed, r in zip(speeds, timed.values(), strict=True)],
@@ -41,24 +43,37 @@ def draw_step(results: StepResults, title: str, file: Path) -> None:
             "not measured" if n not in memories else f"{memories[n] / base:.2f}x" if base else f"{memories[n]:,.0f}"
             for n in names
         ]
-        _bars(axes[1], names, values, colours, marks, "peak memory of model and step, MB (10^6 bytes)")
+        _bars(axes[1], names, values, values, colours, marks, "peak memory of model and step, MB (10^6 bytes)")
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
 
+def _ternary(result: ContenderResult) -> bool:
+    """Whether it is ours: the recipe or a variant of it."""
+    contender = result.contender
+    return contender.layers == "own" and build_spec(contender.cfg.quant).quantised
+
+
 def _bars(
-    panel: Any, names: Sequence[str], values: Sequence[float], colours: Sequence[str], marks: Sequence[str], label: str
+    panel: Any,
+    names: Sequence[str],
+    values: Sequence[float],
+    ends: Sequence[float],
+    colours: Sequence[str],
+    marks: Sequence[str],
+    label: str,
 ) -> None:
+    """One bar per name, its mark beyond ``ends``, where its whisker ends."""
     panel.barh(range(len(names)), values, color=colours, height=0.66)
     panel.set_yticks(range(len(names)), names)
     panel.set_xlabel(label)
-    largest = max(values, default=0.0) or 1.0
+    largest = max(ends, default=0.0) or 1.0
     panel.set_xlim(0, 1.18 * largest)
     panel.grid(axis="x", alpha=0.3)
     panel.set_axisbelow(True)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    for place, (value, mark) in enumerate(zip(values, marks, strict=True)):
+    for place, (value, mark) in enumerate(zip(ends, marks, strict=True)):
         panel.annotate(
             mark, (value, place), textcoords="offset points", xytext=(7, 0), verticalalignment="center", fontsize=9
         )

@@ -2,16 +2,22 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
 from bitnet_train.benchmarking.child import ChildError, in_child
 from bitnet_train.benchmarking.config import BenchmarkConfig
-from bitnet_train.benchmarking.contenders import Line
+from bitnet_train.benchmarking.contenders import Contender, Line
 from bitnet_train.benchmarking.memory import step_memory
+from bitnet_train.benchmarking.predict import predict_step
+from bitnet_train.benchmarking.probes import measure_rates
 from bitnet_train.benchmarking.results import ContenderResult, StepResults
 from bitnet_train.benchmarking.step import TrainingStep, training_mode
 from bitnet_train.benchmarking.timing import alternate, one_line, timed
+from bitnet_train.kernels.backend import choose_backend
+from bitnet_train.planning.roofline import DeviceRates
 
 Say = Callable[[str], None]
 
@@ -19,8 +25,10 @@ Say = Callable[[str], None]
 def run_step(line: Line, cfg: BenchmarkConfig, results: StepResults, say: Say) -> None:
     """Measure the contenders of ``line`` into ``results``, which hold everything so far at any moment."""
     results.not_measured |= line.not_measured
+    rates = probe(line.contenders[0], say)
+    results.rates = asdict(rates)
     with training_mode(line.contenders[0].device):
-        steps = _warm_up(line, cfg.warmup, results, say)
+        steps = _warm_up(line, cfg.warmup, rates, results, say)
         _alternate(steps, cfg, results, say)
     steps.clear()
     if cfg.memory:
@@ -28,7 +36,16 @@ def run_step(line: Line, cfg: BenchmarkConfig, results: StepResults, say: Say) -
     results.complete = True
 
 
-def _warm_up(line: Line, warmup: int, results: StepResults, say: Say) -> dict[str, TrainingStep]:
+def probe(contender: Contender, say: Say) -> DeviceRates:
+    """The rates of the device, said in one line."""
+    backend = choose_backend(contender.device, contender.cfg.kernels.backend).backend
+    rates = measure_rates(torch.device(contender.device), backend)
+    figures = ", ".join(f"{kind} {rates.matmul(kind) / 1e12:.3g}" for kind in ("fp32", "bf16", "int8"))
+    say(f"this device: matmuls in TFLOP/s: {figures}; memory {rates.bandwidth / 1e9:.1f} GB/s")
+    return rates
+
+
+def _warm_up(line: Line, warmup: int, rates: DeviceRates, results: StepResults, say: Say) -> dict[str, TrainingStep]:
     """Everyone that builds and takes its first steps, kept alive."""
     steps: dict[str, TrainingStep] = {}
     for number, contender in enumerate(line.contenders, start=1):
@@ -47,6 +64,9 @@ def _warm_up(line: Line, warmup: int, results: StepResults, say: Say) -> dict[st
             results.not_measured[contender.name] = one_line(error)
             say(f"{head}: not measured: {one_line(error)}")
             continue
+        parts = predict_step(contender, rates)
+        if parts is not None:
+            result.predicted_parts, result.predicted_seconds = parts, sum(parts.values())
         steps[contender.name] = step
         results.measured[contender.name] = result
         say(f"{head}: {time.perf_counter() - start:.1f} s, loss {result.losses[-1]:.3f}")
