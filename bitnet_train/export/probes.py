@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_train.export.huggingface import hf_name
+from bitnet_train.kernels.gating import gated
 from bitnet_train.nn.bit_linear import SharedInput
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.norm import RMSNorm
@@ -68,9 +69,13 @@ def probe(ours: Decoder, theirs: Any, ids: Tensor) -> ProbeResult:
     pending: dict[str, tuple[Tensor, list[Tensor]]] = {}
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
 
-    def compare(module: nn.Module, _: tuple[Any, ...], result_and_stream: tuple[list[Tensor], Tensor]) -> None:
+    def compare(
+        module: nn.Module, _: tuple[Any, ...], options: dict[str, Any], returned: tuple[list[Tensor], Tensor]
+    ) -> None:
         assert isinstance(module, SharedInput)
-        outputs, x = result_and_stream
+        outputs, x = returned
+        if options:
+            x = gated(options["gate"], x, options["activation"])
         name, norm = names[id(module)], module.norm_ref[0]
         block, part = name.rsplit(".", 2)[0], name.rpartition(".")[2]
         normed = x if norm is None else _compare_norm(names[id(norm)], norm, theirs, x, result)
@@ -102,7 +107,7 @@ def probe(ours: Decoder, theirs: Any, ids: Tensor) -> ProbeResult:
         result.linears.take("lm_head", relative_error(logits, theirs.lm_head(states)))
 
     shared = [module for module in ours.modules() if isinstance(module, SharedInput)]
-    handles = [module.register_forward_hook(compare) for module in shared]
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in shared]
     handles.append(ours.norm.register_forward_hook(compare_head))
     try:
         ours.hidden_states(ids)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitnet_train.kernels.avx512.backend import Avx512Backend
 from bitnet_train.kernels.backend import BACKENDS, Backend, WeightCodes, choose_backend, register_backend
 from bitnet_train.kernels.cpu import CpuBackend
+from bitnet_train.kernels.gating import gated, gated_backward
 from bitnet_train.kernels.reference import FLOATS, ReferenceBackend
 from bitnet_train.kernels.triton.backend import TritonBackend
 from bitnet_train.quant.activations import TokenCodes, rms_norm
@@ -77,6 +78,8 @@ def shared_bit_linear(
     masters: Sequence[Tensor | None],
     *,
     rows: Sequence[int] | None = None,
+    gate: Tensor | None = None,
+    activation: str = "",
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
@@ -90,8 +93,12 @@ def shared_bit_linear(
     ``delta`` (..., K) is what the layers before add to the stream ``x`` (..., K), or None for nothing; adding it is
     part of the input quantiser's one pass over memory. ``weights`` are the layers' codes stacked along their output
     rows, ``rows`` how many belong to each (all to the first by default), ``masters`` their master weights in that order
-    and ``bias`` (N,) their stacked biases. Returns the layers' outputs, and the stream in the type of ``x``.
+    and ``bias`` (N,) their stacked biases. With ``gate`` (..., K), which excludes ``delta``, the input is
+    ``activation(gate) * x``, computed again in the backward pass instead of kept; ``activation`` is silu or relu2.
+    Returns the layers' outputs, and the stream in the type of ``x`` (with ``gate``: x itself).
     """
+    if gate is not None and delta is not None:
+        raise ValueError("a gated input has no residual to be added to it")
     if out_dtype is None:
         out_dtype = compute_dtype(x)
     if backend is None:
@@ -99,7 +106,10 @@ def shared_bit_linear(
     rows = list(rows or weights.codes.shape[:1])
     flat = x.reshape(-1, x.shape[-1])
     flat_delta = None if delta is None else delta.reshape(flat.shape)
+    flat_gate = None if gate is None else gate.reshape(flat.shape)
     if activation_bits is None:
+        if flat_gate is not None:
+            flat = gated(flat_gate, flat, activation)
         stream = flat if flat_delta is None else (flat.float() + flat_delta.float()).to(flat.dtype)
         parts = _WeightOnlyLinear.apply(
             stream if norm_weight is None else rms_norm(stream, norm_weight, norm_eps)[0],
@@ -107,7 +117,19 @@ def shared_bit_linear(
         )  # fmt: skip
     else:
         stream, *parts = _BitLinear.apply(
-            flat, flat_delta, norm_weight, bias, *weights, norm_eps, rows, out_dtype, backend, gradient, *masters
+            flat,
+            flat_delta,
+            flat_gate,
+            norm_weight,
+            bias,
+            *weights,
+            activation,
+            norm_eps,
+            rows,
+            out_dtype,
+            backend,
+            gradient,
+            *masters,
         )
     outputs = [part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts]
     return outputs, x if delta is None else stream.reshape(x.shape)
@@ -149,11 +171,13 @@ class _BitLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         delta: Tensor | None,
+        gate: Tensor | None,
         norm_weight: Tensor | None,
         bias: Tensor | None,
         codes_w: Tensor,
         row_scale: Tensor,
         backward_codes: Tensor | None,
+        activation: str,
         norm_eps: float,
         rows: list[int],
         out_dtype: torch.dtype,
@@ -162,50 +186,56 @@ class _BitLinear(torch.autograd.Function):
         *masters: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         weights = WeightCodes(codes_w, row_scale, backward_codes)
-        codes_x, stream, rstd = backend.quantise(x, delta, norm_weight, norm_eps)
+        read = x if gate is None else gated(gate, x, activation)
+        codes_x, stream, rstd = backend.quantise(read, delta, norm_weight, norm_eps)
         y = backend.matmul(codes_x, weights, bias, out_dtype)
         # The int8 codes are all that dW needs; the stream only for the norm, where it is alive as the residual anyway.
+        # A gated input is computed again from the gate and the other factor, which its own gradient needs.
         normed = norm_weight is not None
-        ctx.save_for_backward(*codes_x, *weights, *((stream, norm_weight, rstd) if normed else ()))
-        ctx.normed, ctx.backend, ctx.rows, ctx.dtype, ctx.x_dtype = normed, backend, rows, out_dtype, x.dtype
+        kept = x if gate is not None else stream if normed else None
+        ctx.save_for_backward(*codes_x, *weights, kept, gate, norm_weight, rstd)
+        ctx.activation, ctx.normed, ctx.backend, ctx.rows = activation, normed, backend, rows
+        ctx.dtype, ctx.x_dtype = out_dtype, x.dtype
         ctx.delta_dtype = None if delta is None else delta.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.policy = gradient.resolve(_COMPUTE[out_dtype])
         ctx.types = [None if m is None else m.dtype for m in masters]
         ctx.set_materialize_grads(False)
         parts = torch.split(y, rows, dim=1) if len(rows) > 1 else (y,)
-        return None if delta is None else stream, *parts
+        return stream if delta is not None else None, *parts
 
     @staticmethod
     def backward(ctx: Any, grad_stream: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-        codes, scale, *rest = ctx.saved_tensors
-        weights, norm = WeightCodes(*rest[:3]), rest[3:]
+        codes, scale, codes_w, row_scale, backward_codes, kept, gate, norm_weight, rstd = ctx.saved_tensors
+        weights = WeightCodes(codes_w, row_scale, backward_codes)
         backend: Backend = ctx.backend
         dx, dw = ctx.policy
-        needs_x, needs_delta, needs_norm, needs_bias = ctx.needs_input_grad[:4]
+        needs_x, needs_delta, needs_gate, needs_norm, needs_bias = ctx.needs_input_grad[:5]
         used = next((grad for grad in grads if grad is not None), None)
         if used is None:  # only the stream was
             delta = None if grad_stream is None or not needs_delta else grad_stream.to(ctx.delta_dtype)
             return grad_stream, delta, *[None] * (len(ctx.needs_input_grad) - 2)
         filled = _fill_in(grads, used, ctx.rows)
-        grad_x = grad_norm_weight = None
-        if needs_x or needs_delta or needs_norm:
+        grad_x = grad_gate = grad_norm_weight = None
+        if needs_x or needs_delta or needs_gate or needs_norm:
             grad_x = backend.grad_input(filled, weights, dx, ctx.dtype)
             if ctx.normed:
-                stream, norm_weight, rstd = norm
+                stream = kept if gate is None else gated(gate, kept, ctx.activation)
                 grad_x, grad_norm_weight = backend.grad_norm(grad_x, stream, norm_weight, rstd, grad_stream)
                 grad_norm_weight = grad_norm_weight.to(norm_weight.dtype)
             elif grad_stream is not None:
                 grad_x = grad_x.float() + grad_stream.float()
+            if gate is not None:
+                grad_gate, grad_x = gated_backward(grad_x, gate, kept, ctx.activation)
             grad_x = grad_x.to(ctx.x_dtype)
         grad_delta = grad_x.to(ctx.delta_dtype) if needs_delta and grad_x is not None else None
         grad_bias = torch.cat([g.float().sum(0) for g in filled]).to(ctx.bias_dtype) if needs_bias else None
-        needs_masters = ctx.needs_input_grad[12:]
+        needs_masters = ctx.needs_input_grad[14:]
         grad_masters: list[Tensor | None] = [None] * len(needs_masters)
         if any(needs_masters):
             grads_w = backend.grad_weight(filled, TokenCodes(codes, scale), dw)
             grad_masters = _master_gradients(grads_w, needs_masters, ctx.types)
-        return grad_x, grad_delta, grad_norm_weight, grad_bias, *[None] * 8, *grad_masters
+        return grad_x, grad_delta, grad_gate, grad_norm_weight, grad_bias, *[None] * 9, *grad_masters
 
 
 class _WeightOnlyLinear(torch.autograd.Function):

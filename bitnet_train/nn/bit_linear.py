@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import Backend, WeightCodes, choose_backend
+from bitnet_train.kernels.gating import gated
 from bitnet_train.kernels.op import compute_dtype, shared_bit_linear
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import rms_norm
@@ -99,11 +100,14 @@ def shared_input_forward(
     layers: Sequence[nn.Linear],
     norm: RMSNorm | None,
     kept: WeightCodes | None = None,
+    gate: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[list[Tensor], Tensor]:
     """The outputs of ``layers`` for one input ``x + delta`` (..., K), normed and quantised once; and that sum.
 
     ``kept`` holds the stacked codes (N, K) of the BitLinear layers among ``layers``; they are derived here when it is
-    None. Layers of different activation bits are separate calls; nn.Linear layers stay float.
+    None. With ``gate`` the input is ``activation(gate) * x``. Layers of different activation bits are separate calls;
+    nn.Linear layers stay float.
     """
     norm_weight, norm_eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     outputs: dict[int, Tensor] = {}
@@ -112,8 +116,9 @@ def shared_input_forward(
         weights = kept if kept is not None else stack_codes(group)
         parts, x = shared_bit_linear(
             x, delta, weights, [layer.weight for layer in group], rows=[layer.out_features for layer in group],
-            bias=_stack_biases(group), norm_weight=norm_weight, norm_eps=norm_eps, activation_bits=bits,
-            out_dtype=compute_dtype(group[0].weight), backend=group[0].backend, gradient=group[0].gradient,
+            gate=gate, activation=activation, bias=_stack_biases(group), norm_weight=norm_weight, norm_eps=norm_eps,
+            activation_bits=bits, out_dtype=compute_dtype(group[0].weight), backend=group[0].backend,
+            gradient=group[0].gradient,
         )  # fmt: skip
         delta = None
         outputs |= {id(layer): part for layer, part in zip(group, parts, strict=True)}
@@ -121,8 +126,10 @@ def shared_input_forward(
         x = (x.float() + delta.float()).to(x.dtype)
     floats = [layer for layer in layers if not isinstance(layer, BitLinear)]
     if floats:
+        read = x if gate is None else gated(gate, x, activation)
         # Normed and cast once however many layers read it: the dense twin deserves that as well.
-        normed = (x if norm is None else rms_norm(x, norm.weight, norm.eps)[0]).to(compute_dtype(floats[0].weight))
+        normed = read if norm is None else rms_norm(read, norm.weight, norm.eps)[0]
+        normed = normed.to(compute_dtype(floats[0].weight))
         outputs |= {id(layer): F.linear(normed, layer.weight, layer.bias) for layer in floats}
     return [outputs[id(layer)] for layer in layers], x
 
@@ -138,8 +145,8 @@ def stack_codes(layers: Sequence[BitLinear]) -> WeightCodes:
 def _stack_biases(layers: Sequence[BitLinear]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    biases: list[Tensor] = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
-    return biases[0] if len(biases) == 1 else torch.cat(biases)
+    absent = layers[0].weight.new_zeros
+    return torch.cat([absent(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
 
 
 class SharedInput(nn.Module):
@@ -194,9 +201,11 @@ class SharedInput(nn.Module):
         """Hold these stacked codes as buffers from now on (None: derive them again). The caller keeps them fresh."""
         self.codes, self.row_scale, self.backward_codes = (None, None, None) if kept is None else kept
 
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """The layers' outputs for ``x + delta`` (..., K), and that sum in the type of x."""
-        return shared_input_forward(x, delta, self.layers, self.norm_ref[0], self.kept)
+    def forward(
+        self, x: Tensor, delta: Tensor | None = None, gate: Tensor | None = None, activation: str = ""
+    ) -> tuple[list[Tensor], Tensor]:
+        """The layers' outputs for ``x + delta`` (..., K) or ``activation(gate) * x``, and the sum in the type of x."""
+        return shared_input_forward(x, delta, self.layers, self.norm_ref[0], self.kept, gate, activation)
 
 
 def wide_enough(gate: Tensor, activation: str) -> None:

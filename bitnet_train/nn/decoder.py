@@ -21,7 +21,7 @@ from bitnet_train.kernels.backend import Backend
 from bitnet_train.kernels.op import compute_dtype
 from bitnet_train.nn.attention import attention
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, wide_enough
-from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decoder
+from bitnet_train.nn.config import DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.kv_cache import KVCache
 from bitnet_train.nn.layout import block_linears, check_spec
 from bitnet_train.nn.norm import RMSNorm
@@ -106,8 +106,7 @@ class FeedForward(nn.Module):
         """The FFN's result for the stream ``x + delta``, and that stream."""
         (gate, up), stream = self.gate_up(x, delta)
         wide_enough(gate, self.activation.value)
-        inner = F.silu(gate) if self.activation is Activation.silu else F.relu(gate).square()
-        (out,), _ = self.down(inner * up)
+        (out,), _ = self.down(up, gate=gate, activation=self.activation.value)
         return out, stream
 
 

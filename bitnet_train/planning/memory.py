@@ -15,10 +15,10 @@ optimizer state        8 per parameter (two moments in float32)
 code buffers           1 per quantised parameter, 4 per quantised row
 compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)
 quantised inputs       int8 codes, and 8 per token for scale and 1/rms: once for q, k, v, once for gate and up
-norm inputs            the residual before attention and FFN (r), the inner state before each sub-norm (c)
+norm inputs            the residual before attention and FFN (r); before a float down projection the gated state too (c)
 float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
 attention              rotated q and k, the v that lies inside the stacked q/k/v product, the output (all c), 4 per head
-FFN                    the stacked gate/up product, the activation and (relu2) its square (all c)
+FFN                    the stacked gate/up product (c); before a float down projection also activation and square
 head and loss          final state and normed state (float32), the loss's gradients of it (c) and of the head (4)
 loss chunk             the head's copy (c), and of one chunk of tokens the logits (c), float32 logits and their gradient
 =====================  ===============================================================================================
@@ -114,23 +114,26 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
     q, k, v, o = (f"self_attn.{p}_proj" for p in "qkvo")
     gate, up, down = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0}
+    # A down projection with 8-bit inputs computes its gated input again from gate and up.
+    fused_gate = quants[down].quantised and quants[down].activation_bits == 8
     # (layers that share the input, its width, bytes of its type, norm before it, is it kept by something else already)
     for names, width, size, normed, kept in (
         ((q, k, v), cfg.hidden, residual, True, False),
         ((o,), cfg.hidden, compute, sub_normed, True),
         ((gate, up), cfg.hidden, residual, True, False),
-        ((down,), cfg.ffn, compute, sub_normed, False),
+        ((down,), cfg.ffn, compute, sub_normed, fused_gate),
     ):
         for part, extra in _input_per_token([quants[n] for n in names], width, size, normed, kept, compute).items():
             parts[part] += extra
     # What the stacked product of several layers is kept by: v for attention, up (and gate under silu) for the FFN.
     values = _stack(quants, outs, v, (q, k, v))
     parts["attention"] = compute * (outs[q] + outs[k] + values + cfg.hidden) + FLOAT32 * cfg.heads
-    inner = _stack(quants, outs, up, (gate, up)) + cfg.ffn  # the activation's result
-    if cfg.activation is Activation.relu2:
-        inner += cfg.ffn  # and its square
-    elif not _same_stack(quants[gate], quants[up]):
-        inner += _stack(quants, outs, gate, (gate, up))  # silu keeps its input
+    inner = _stack(quants, outs, up, (gate, up))
+    if not fused_gate:
+        # The activation's result, and relu's that is squared.
+        inner += cfg.ffn * (2 if cfg.activation is Activation.relu2 else 1)
+    if (fused_gate or cfg.activation is Activation.silu) and not _same_stack(quants[gate], quants[up]):
+        inner += _stack(quants, outs, gate, (gate, up))
     parts["FFN"] = compute * inner
     return parts
 

@@ -23,7 +23,7 @@ class Codes(NamedTuple):
 
     def row_scale(self) -> Tensor:
         """One float32 scale per output row, shape (out,): each group's scale repeated over its rows."""
-        return self.scale.repeat_interleave(self.codes.shape[0] // self.scale.shape[0])
+        return self.scale[:, None].expand(-1, self.codes.shape[0] // self.scale.shape[0]).reshape(-1)
 
     def dequantise(self) -> Tensor:
         """The float32 weights that the codes stand for, shape (out, in)."""

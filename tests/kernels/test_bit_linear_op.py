@@ -598,3 +598,45 @@ def test_the_avx512_operators_are_registered_as_torch_compile_wants_them(name: s
     }[name]
     op = getattr(torch.ops.bitnet_train, f"avx512_{name}").default
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_input_is_the_gate_before_the_op(
+    backend: Backend, activation: str, normed: bool, bits: int | None, dtype: torch.dtype
+) -> None:
+    up, gate = torch.randn(2, 5, 12, dtype=dtype), torch.randn(2, 5, 12, dtype=dtype)
+    weight, norm = torch.randn(7, 12), torch.rand(12) + 0.5
+    codes = quantise_weight(weight, LayerQuant())
+    grad = torch.randn(2, 5, 7)
+    kept: list[Tensor] = []
+
+    def run(fused: bool) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (up, gate, weight, norm)]
+        inner = F.silu(leaves[1]) if activation == "silu" else F.relu(leaves[1]).square()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            (y,), _ = shared_bit_linear(
+                leaves[0] if fused else inner * leaves[0], None, WeightCodes(codes.codes, codes.row_scale()),
+                [leaves[2]], gate=leaves[1] if fused else None, activation=activation if fused else "",
+                norm_weight=leaves[3] if normed else None, norm_eps=EPS, activation_bits=bits, backend=backend,
+                out_dtype=torch.float32, gradient=GradientPolicy("auto", "auto"),
+            )  # fmt: skip
+        learning = leaves if normed else leaves[:3]
+        return y, *torch.autograd.grad(y, learning, grad)
+
+    results = run(True)
+    if bits == 8:  # gate and up, and no float tensor of that size besides
+        assert sum(t.is_floating_point() and t.numel() == up.numel() for t in kept) == 2
+    for got, wanted in zip(results, run(False), strict=True):
+        assert got.dtype is wanted.dtype
+        slack = 2e-2 if dtype is torch.bfloat16 else 1e-4
+        assert torch.allclose(got, wanted, rtol=slack, atol=slack)
+
+
+def test_a_gate_and_a_residual_exclude_each_other() -> None:
+    x, weights = torch.randn(2, 4), WeightCodes(torch.ones(3, 4, dtype=torch.int8), torch.ones(3))
+    with pytest.raises(ValueError, match="no residual"):
+        shared_bit_linear(x, x, weights, [None], gate=x, activation="silu")

@@ -48,10 +48,8 @@ class Avx512Backend(CpuBackend):
             codes = torch.empty_like(weight, dtype=torch.int8)
         assert codes.is_contiguous()
         assert backward is None
-        sums = torch.empty(groups, dtype=torch.float64)
-        spans = groups, weight.numel() // groups
-        _call("absolute_sums", weight, sums, *spans)
-        scale = sums.div_(spans[1]).float().clamp_(min=SCALE_FLOOR)
+        scale, spans = torch.empty(groups), (groups, weight.numel() // groups)
+        _call("absolute_means", weight, scale, SCALE_FLOOR, *spans)
         _call("ternarise", weight, scale, layer.threshold, codes, *spans)
         return Codes(codes, scale)
 

@@ -99,8 +99,8 @@ void quantise_gradient_rows(const void* const* parts, const int64_t* widths, int
     }
 }
 
-// Sum of |w| of each of `groups` equal spans of `size` weights, in float64.
-void absolute_sums(const float* w, double* sums, int64_t groups, int64_t size, int threads) {
+// Mean of |w| of each of `groups` equal spans of `size` weights: summed in float64, rounded once, at least `floor`.
+void absolute_means(const float* w, float* means, float floor, int64_t groups, int64_t size, int threads) {
     // Spans of a fixed length, so that the number of threads does not change the order of the sum.
     const int64_t span = 1 << 16, spans = div_up(size, span);
     double* parts = (double*)scratch<1>(sizeof(double) * groups * spans);
@@ -117,8 +117,10 @@ void absolute_sums(const float* w, double* sums, int64_t groups, int64_t size, i
         parts[s] = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
     }
     for (int64_t g = 0; g < groups; g++) {
-        sums[g] = 0.0;
-        for (int64_t s = 0; s < spans; s++) sums[g] += parts[g * spans + s];
+        double sum = 0.0;
+        for (int64_t s = 0; s < spans; s++) sum += parts[g * spans + s];
+        const float mean = (float)(sum / (double)size);
+        means[g] = mean < floor ? floor : mean;  // NaN stays
     }
 }
 
