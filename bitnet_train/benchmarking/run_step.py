@@ -13,11 +13,15 @@ from bitnet_train.benchmarking.contenders import Contender, Line
 from bitnet_train.benchmarking.memory import step_memory
 from bitnet_train.benchmarking.predict import predict_step
 from bitnet_train.benchmarking.probes import measure_rates
+from bitnet_train.benchmarking.profile import profile_step
 from bitnet_train.benchmarking.results import ContenderResult, StepResults
 from bitnet_train.benchmarking.step import TrainingStep, training_mode
 from bitnet_train.benchmarking.timing import alternate, one_line, timed
 from bitnet_train.kernels.backend import choose_backend
 from bitnet_train.planning.roofline import DeviceRates
+
+# Whose time is told apart by kind of operation.
+PROFILED = ("ternary", "dense")
 
 Say = Callable[[str], None]
 
@@ -33,6 +37,8 @@ def run_step(line: Line, cfg: BenchmarkConfig, results: StepResults, say: Say) -
     steps.clear()
     if cfg.memory:
         _measure_memory(cfg.warmup, results, say)
+    if cfg.profile:
+        _profile(cfg.warmup, results, say)
     results.complete = True
 
 
@@ -114,3 +120,16 @@ def _measure_memory(warmup: int, results: StepResults, say: Say) -> None:
             continue
         peak, own = result.memory.peak / 1e6, result.memory.model / 1e6
         say(f"memory of {name}: peak {peak:,.0f} MB, {own:,.0f} MB of it model and step")
+
+
+def _profile(warmup: int, results: StepResults, say: Say) -> None:
+    for name in PROFILED:
+        if name not in results.timed:
+            continue
+        result = results.timed[name]
+        try:
+            result.profile = in_child(profile_step, result.contender, warmup)
+            say(f"profile of {name}: done")
+        except ChildError as error:
+            result.no_profile = str(error)
+            say(f"profile of {name}: not measured: {error}")

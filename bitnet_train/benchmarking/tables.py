@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bitnet_train.benchmarking.results import ContenderResult, StepResults
+from bitnet_train.benchmarking.run_layers import LayerResults, ShapeResult
+from bitnet_train.benchmarking.timing import spread
+from bitnet_train.planning.roofline import ceiling
 
 # trainer.precision as the tables call it.
 PRECISIONS = {"bf16-mixed": "bf16", "32-true": "fp32"}
@@ -71,10 +74,84 @@ def _predicted(results: StepResults, result: ContenderResult) -> tuple[str, str]
     return f"{result.predicted_seconds * 1e3:,.1f}", speed
 
 
+def layer_grids(results: LayerResults) -> list[Grid]:
+    """A table per shape and number of tokens, one row per layer; the bare matmuls and the ceiling in its title."""
+    return [_layer_grid(result) for result in results.shapes if result.reference is not None]
+
+
+def _layer_grid(result: ShapeResult) -> Grid:
+    matmuls = ", ".join(f"{name} {spread(s).median * 1e3:,.2f} ms" for name, s in result.matmuls.items() if s)
+    limit = "" if result.r is None else f"; r = {result.r:.2f}, ceiling {ceiling(result.r):.2f}x"
+    grid = Grid(
+        f"{result.shape.label()}, {result.tokens:,} tokens ({matmuls}{limit})",
+        (
+            "layer", "forward ms", "predicted", "with backward ms", "predicted", "TFLOP/s", "speed", "of ceiling",
+            "kept MB", "dX dB", "dW dB",
+        ),
+    )  # fmt: skip
+    for name, layer in result.layers.items():
+        if not layer.both:
+            continue
+        forward, both = result.times(name)
+        speed, share = result.speed(name), result.share_of_ceiling(name)
+        noise = layer.noise
+        grid.rows.append(
+            (
+                name,
+                f"{forward.median * 1e3:,.2f}",
+                "-" if layer.predicted_forward is None else f"{layer.predicted_forward * 1e3:,.2f}",
+                f"{both.median * 1e3:,.2f}",
+                "-" if layer.predicted_both is None else f"{layer.predicted_both * 1e3:,.2f}",
+                f"{result.tflops(name):.3g}",
+                "-" if speed is None else f"{speed:.2f}x",
+                "-" if share is None or not name.startswith("ternary") else f"{share:.0%}",
+                "-" if layer.kept_bytes is None else f"{layer.kept_bytes / 1e6:,.1f}",
+                f"{noise['dx_gaussian']:.0f} / {noise['dx_heavy']:.0f}" if noise else "-",
+                f"{noise['dw_gaussian']:.0f} / {noise['dw_heavy']:.0f}" if noise else "-",
+            )
+        )
+    return grid
+
+
+def layer_notes(results: LayerResults) -> list[str]:
+    """What the tables do not say."""
+    notes = [
+        "medians; speed: forward with backward, relative to nn.Linear (compiled where that was measured)",
+        "r: speed of the int8 matmul over the bf16 one; ceiling: 3/(2/r+1), a layer with forward and dX in int8 and dW "
+        "in bf16 and nothing else to do (dw=int8 may pass it)",
+        "kept: bytes saved for the backward, each storage once, parameters not counted",
+        "dB: signal to noise of a gradient against the exact straight-through one (Gaussian / heavy-tailed dY)",
+    ]
+    for result in results.shapes:
+        where = f"{result.shape.label()}, {result.tokens:,} tokens"
+        notes += [f"{where}: {name} not measured: {why}" for name, why in result.not_measured.items()]
+    if not results.complete:
+        notes.append("interrupted: this is what was measured until then")
+    return notes
+
+
+def profile_grid(results: StepResults) -> Grid | None:
+    """Milliseconds per step by kind of operation, a column per profiled contender; None when none was."""
+    profiles = {name: r.profile for name, r in results.timed.items() if r.profile}
+    if not profiles:
+        return None
+    kinds = list(dict.fromkeys(kind for profile in profiles.values() for kind in profile))
+    grid = Grid("Where the time of a step goes (ms, and share)", ("kind of operation", *profiles))
+    for kind in kinds:
+        cells = []
+        for profile in profiles.values():
+            seconds = profile.get(kind, 0.0)
+            cells.append(f"{seconds * 1e3:,.1f} ({seconds / sum(profile.values()):.0%})")
+        grid.rows.append((kind, *cells))
+    grid.rows.append(("all", *(f"{sum(profile.values()) * 1e3:,.1f}" for profile in profiles.values())))
+    return grid
+
+
 def step_notes(results: StepResults) -> list[str]:
     """What the table does not say: who is who, who is missing and why, how memory was measured."""
     notes = [f"{name}: {result.contender.about}" for name, result in results.timed.items()]
     notes += [f"{name} not measured: {reason}" for name, reason in results.not_measured.items()]
+    notes += [f"profile of {name} not measured: {r.no_profile}" for name, r in results.timed.items() if r.no_profile]
     notes += [f"memory of {name} not measured: {r.no_memory}" for name, r in results.timed.items() if r.no_memory]
     ways = {r.memory.how for r in results.timed.values() if r.memory is not None}
     notes += [

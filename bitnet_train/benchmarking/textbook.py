@@ -56,8 +56,12 @@ class LayerByLayer(nn.Module):
         self.layers = tuple(layers)
         self.norm_ref = (norm,)
 
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """As :meth:`SharedInput.forward`."""
+    def forward(
+        self, x: Tensor, delta: Tensor | None = None, gate: Tensor | None = None, activation: str = ""
+    ) -> tuple[list[Tensor], Tensor]:
+        """As :meth:`SharedInput.forward`, with plain operations."""
+        if gate is not None:
+            x = (F.silu(gate) if activation == "silu" else F.relu(gate).square()) * x
         if delta is not None:
             x = (x.float() + delta.float()).to(x.dtype)
         norm = self.norm_ref[0]

@@ -1,19 +1,22 @@
 """``command=benchmark``: speed and memory beside the dense twin and other libraries, as tables, JSON and pictures."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bitnet_train.benchmarking.config import What
 from bitnet_train.benchmarking.contenders import Line, line_up
-from bitnet_train.benchmarking.picture import draw_step
+from bitnet_train.benchmarking.picture import draw_layers, draw_step
 from bitnet_train.benchmarking.report import open_folder, origin, write_report
 from bitnet_train.benchmarking.results import StepResults
+from bitnet_train.benchmarking.run_layers import LayerResults, run_layers
 from bitnet_train.benchmarking.run_step import run_step
-from bitnet_train.benchmarking.tables import Grid, step_grid, step_notes
+from bitnet_train.benchmarking.tables import Grid, layer_grids, layer_notes, profile_grid, step_grid, step_notes
 from bitnet_train.commands.console import make_console, print_table
 from bitnet_train.config import Config, to_plain, with_overrides
+from bitnet_train.training.device import choose
 
 
 def run(cfg: Config) -> int:
@@ -21,12 +24,15 @@ def run(cfg: Config) -> int:
     console = make_console()
     assert cfg.run_name is not None
     folder = Path(cfg.paths.runs) / cfg.run_name / "benchmark"
-    origins = {v.name: f"benchmark.variants, {v.name}" for v in cfg.benchmark.variants}
-    variants = {v.name: with_overrides(cfg, v.overrides, origins[v.name]) for v in cfg.benchmark.variants}
+    variants = {
+        v.name: with_overrides(cfg, v.overrides, f"benchmark.variants, {v.name}") for v in cfg.benchmark.variants
+    }
     line = line_up(cfg, cfg.benchmark.baselines, variants)
     open_folder(folder)
     if cfg.benchmark.what in (What.step, What.all):
         _step(cfg, line, folder, console)
+    if cfg.benchmark.what in (What.layers, What.all):
+        _layers(cfg, folder, console)
     return 0
 
 
@@ -40,20 +46,35 @@ def _step(cfg: Config, line: Line, folder: Path, console: Console) -> None:
     finally:
         # Also what was measured until Ctrl-C.
         if results.measured or results.not_measured:
-            _leave(cfg, results, source, folder, console)
+            profile = profile_grid(results)
+            grids = [step_grid(results), *([] if profile is None else [profile])]
+            _leave(cfg, "step", source, results.as_dict(), grids, step_notes(results), folder, console)
+            if results.timed:
+                draw_step(results, f"{cfg.run_name}: one training step", folder / "step.png")
 
 
-def _leave(cfg: Config, results: StepResults, source: dict[str, object], folder: Path, console: Console) -> None:
+def _layers(cfg: Config, folder: Path, console: Console) -> None:
+    results = LayerResults()
+    choices = choose(cfg)
+    source = origin(choices.device, "bf16-mixed", choices.compile)
+    console.print(f"layers of {cfg.run_name} on {choices.device}, {source['hardware']['threads']} threads")
+    try:
+        run_layers(cfg, cfg.benchmark, choices, results, lambda text: console.print(text, markup=False))
+    finally:
+        grids = layer_grids(results)
+        if grids:
+            _leave(cfg, "layers", source, results.as_dict(), grids, layer_notes(results), folder, console)
+            draw_layers(results, f"{cfg.run_name}: one layer, forward and backward", folder / "layers.png")
+
+
+def _leave(
+    cfg: Config, kind: str, source: dict[str, Any], figures: dict[str, Any], grids: list[Grid], notes: list[str],
+    folder: Path, console: Console,
+) -> None:  # fmt: skip
     assert cfg.run_name is not None
-    grids, notes = [step_grid(results)], step_notes(results)
-    content = {"config": to_plain(cfg), **results.as_dict()}
-    write_report(folder, "step", cfg.run_name, source, content, grids, notes)
-    written = [folder / "step.json", folder / "step.md"]
-    if results.timed:
-        draw_step(results, f"{cfg.run_name}: one training step", folder / "step.png")
-        written.append(folder / "step.png")
+    write_report(folder, kind, cfg.run_name, source, {"config": to_plain(cfg), **figures}, grids, notes)
     _show(console, grids, notes)
-    console.print(", ".join(map(str, written)), markup=False)
+    console.print(f"{folder}: {kind}.json, {kind}.md, {kind}.png", markup=False)
 
 
 def _show(console: Console, grids: list[Grid], notes: list[str]) -> None:

@@ -34,10 +34,24 @@ eager torchao       (48+2c) + 2*48                    40+1 + 13     22+4c + 9c  
 fused ternary: reads the stream and what is added to it, writes the stream and int8 codes, multiplies the codes; the
 backward reads the codes again for dW, the stream and its gradient for the norm; dY is written, quantised and read as
 codes for dX and as floats for dW; codes are derived once per step from two reads of the weights. dense: the same passes
-with floats, and float32 weights are cast for autocast in every micro-batch (in fp32 they are copied nowhere: 4 bytes a
-weight less would do, which is small beside the matmul). eager: every operation of norm, residual, activation and rotary
-positions is a pass. textbook: the quantisers of figure 3 of the FAQ, one pass per operation in eager mode (17 float32
-passes over an input, 68 bytes per weight). torchao: quantisers likewise, int32 products scaled in two passes. Every micro-batch after the first adds 8 bytes per weight for adding gradients up.
+with floats, and float32 weights are cast for autocast in every micro-batch (counted in fp32 too, where it is small
+beside the matmul). eager: every operation of norm, residual, activation and rotary positions is a pass. textbook: the
+quantisers of figure 3 of the FAQ, one pass per operation in eager mode (17 float32 passes over an input, 68 bytes per
+weight). torchao: quantisers likewise, int32 products scaled in two passes. Every micro-batch after the first adds 8
+bytes per weight for adding gradients up.
+
+A layer on its own has no norm and no residual stream, its input is of the compute type, and weights are quantised
+beforehand where that happens once per step (forward + backward):
+
+==================  ====================  ====================  ================================
+style               input                 output                weight
+==================  ====================  ====================  ================================
+fused ternary       (c+2) + (c+1)         c + (2c+2)            1 + (1+4)
+linear              c + 2c                c + 2c                c + 2c
+compiled textbook   3c + 2c               c + 2c                (8+2c) + (2c+4)
+eager textbook      (96+c) + (60+2c)      c + 2c                (68+c) + (c+12)
+eager torchao       (41+c) + (13+2c)      (20+c) + 2c           (41+1) + (9+4)
+==================  ====================  ====================  ================================
 """
 
 from collections.abc import Mapping
@@ -138,6 +152,31 @@ STYLES = {
 }
 
 
+_NOTHING = Bytes()
+LAYER_STYLES = {
+    "fused ternary": Style(
+        Passes(_NOTHING, Bytes(c=1, fixed=2), Bytes(c=1), Bytes(fixed=1)),
+        Passes(_NOTHING, Bytes(c=1, fixed=1), Bytes(c=2, fixed=2), Bytes(fixed=5)),
+    ),
+    "linear": Style(
+        Passes(_NOTHING, Bytes(c=1), Bytes(c=1), Bytes(c=1)),
+        Passes(_NOTHING, Bytes(c=2), Bytes(c=2), Bytes(c=2)),
+    ),
+    "compiled textbook": Style(
+        Passes(_NOTHING, Bytes(c=3), Bytes(c=1), Bytes(c=2, fixed=8)),
+        Passes(_NOTHING, Bytes(c=2), Bytes(c=2), _DENSE_WEIGHT),
+    ),
+    "eager textbook": Style(
+        Passes(_NOTHING, Bytes(c=1, fixed=96), Bytes(c=1), Bytes(c=1, fixed=68)),
+        Passes(_NOTHING, Bytes(c=2, fixed=60), Bytes(c=2), Bytes(c=1, fixed=12)),
+    ),
+    "eager torchao": Style(
+        Passes(_NOTHING, Bytes(c=1, fixed=41), Bytes(c=1, fixed=20), Bytes(fixed=42)),
+        Passes(_NOTHING, Bytes(c=2, fixed=13), Bytes(c=2), Bytes(fixed=13)),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class LinearWork:
     """A linear layer: a key of STYLES, and the types of its three matmuls."""
@@ -202,19 +241,15 @@ def matmul_seconds(m: int, k: int, n: int, kinds: tuple[str, ...], rates: Device
 
 
 def layer_prediction(
-    m: int, k: int, n: int, linear: LinearWork, compute: str, residual: int, rates: DeviceRates, backward: bool
+    m: int, k: int, n: int, linear: LinearWork, compute: str, rates: DeviceRates, backward: bool
 ) -> float:
-    """Seconds of one layer (K, N) on m tokens, forward or forward and backward, with its norm and quantisers.
-
-    ``residual`` is the bytes per element of the layer's input. The weights' refresh is not part of it.
-    """
-    style = STYLES[linear.style]
-    size = 2 if compute == "bf16" else 4
+    """Seconds of one layer (K, N) on m tokens, forward or with its backward; the style is one of LAYER_STYLES."""
+    style, size = LAYER_STYLES[linear.style], 2 if compute == "bf16" else 4
     kinds = (linear.forward, linear.dx, linear.dw) if backward else (linear.forward,)
     touched = 0.0
     for passes in (style.forward, style.backward) if backward else (style.forward,):
-        touched += m * k * (passes.shared.of(residual, size) + passes.each.of(residual, size))
-        touched += m * n * passes.output.of(residual, size) + n * k * passes.weight.of(residual, size)
+        touched += m * k * passes.each.of(size, size) + m * n * passes.output.of(size, size)
+        touched += n * k * passes.weight.of(size, size)
     return matmul_seconds(m, k, n, kinds, rates) + touched / rates.bandwidth
 
 

@@ -64,11 +64,11 @@ def test_the_weights_are_ternarised_once_however_many_micro_batches() -> None:
 
 def test_a_layer_forward_and_backward() -> None:
     linear = LinearWork("fused ternary", "int8", "int8", "bf16")
-    forward = layer_prediction(3, 5, 7, linear, "bf16", 2, RATES, backward=False)
-    # 2 * 105 / 4; K: 2r + c + 2 = 8, N: 2c = 4, weights 1
-    assert forward == pytest.approx(2 * 105 / 4 + 3 * 5 * 8 + 3 * 7 * 4 + 35)
-    both = layer_prediction(3, 5, 7, linear, "bf16", 2, RATES, backward=True)
-    assert both == pytest.approx(forward + 2 * 105 * (1 / 4 + 1 / 2) + 15 * 11 + 21 * 8 + 35 * 5)
+    forward = layer_prediction(3, 5, 7, linear, "bf16", RATES, backward=False)
+    # 2 * 105 / 4; K: c + 2 = 4, N: c = 2, weights 1
+    assert forward == pytest.approx(2 * 105 / 4 + 3 * 5 * 4 + 3 * 7 * 2 + 35)
+    both = layer_prediction(3, 5, 7, linear, "bf16", RATES, backward=True)
+    assert both == pytest.approx(forward + 2 * 105 * (1 / 4 + 1 / 2) + 15 * 3 + 21 * 6 + 35 * 5)
 
 
 def test_the_ceiling_is_that_of_the_facts() -> None:
