@@ -65,7 +65,7 @@ class OverrideConfig:
 class QuantConfig:
     weight: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activation: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
-    # Precision of the two gradient matmuls of every quantised layer.
+    # Precision of the two gradient matmuls of every quantised layer (float layers, as in quant=none, never use it).
     gradient: GradientConfig = field(default_factory=GradientConfig)
     # Exceptions by module name, for layers that stay float or use another scheme.
     overrides: list[OverrideConfig] = field(default_factory=list)

@@ -123,8 +123,6 @@ def build_spec(cfg: QuantConfig) -> QuantSpec:
     gradient = GradientPolicy(cfg.gradient.dx.value, cfg.gradient.dw.value)
     spec = QuantSpec(default, tuple((o.pattern, _overridden(default, o)) for o in cfg.overrides), gradient)
     layers = (default, *(layer for _, layer in spec.overrides))
-    if gradient != GradientPolicy() and not spec.quantised:
-        raise ConfigError("quant.gradient acts on quantised layers only, and this model has none: remove it.")
     if gradient.dw == "int8" and any(layer.quantised and layer.activation_bits is None for layer in layers):
         raise ConfigError("quant.gradient.dw=int8 needs 8-bit inputs: set quant.activation.bits=8 or remove it.")
     return spec

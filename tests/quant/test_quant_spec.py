@@ -5,12 +5,14 @@ import pytest
 from bitnet_train.errors import ConfigError
 from bitnet_train.quant.config import (
     ActivationQuantConfig,
+    GradientConfig,
+    GradientPrecision,
     OverrideConfig,
     QuantConfig,
     WeightQuantConfig,
     WeightScheme,
 )
-from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec, build_spec
+from bitnet_train.quant.spec import FLOAT, GradientPolicy, LayerQuant, QuantSpec, build_spec
 from bitnet_train.quant.weights import WEIGHT_QUANTISERS
 
 Ternary, Binary, Float = WeightScheme.ternary, WeightScheme.binary, WeightScheme.float
@@ -115,3 +117,34 @@ def test_an_override_with_a_bad_number_is_refused() -> None:
 @pytest.mark.parametrize(("groups", "rows", "count"), [(1, 7, 1), (7, 7, 7), (2, 8, 2), ("row", 9, 9)])
 def test_groups_count_scales(groups: int | str, rows: int, count: int) -> None:
     assert LayerQuant(groups=groups).group_count(rows) == count
+
+
+def test_gradient_precisions_of_a_configuration() -> None:
+    cfg = QuantConfig(gradient=GradientConfig(GradientPrecision.fp8, GradientPrecision.int8))
+    assert build_spec(cfg).gradient == GradientPolicy("fp8", "int8")
+    assert build_spec(QuantConfig()).gradient == GradientPolicy()
+
+
+@pytest.mark.parametrize(
+    ("policy", "compute", "resolved"),
+    [
+        (("auto", "auto"), "bf16", ("int8", "bf16")),
+        (("auto", "auto"), "fp16", ("int8", "fp16")),
+        (("auto", "auto"), "fp32", ("fp32", "fp32")),
+        (("bf16", "int8"), "fp32", ("bf16", "int8")),
+    ],
+)
+def test_auto_depends_on_the_type_of_the_other_matmuls(
+    policy: tuple[str, str], compute: str, resolved: tuple[str, str]
+) -> None:
+    assert GradientPolicy(*policy).resolve(compute) == resolved
+
+
+def test_precisions_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"quant\.gradient\.dw=fp8 is not supported"):
+        GradientPolicy("auto", "fp8")
+    with pytest.raises(ConfigError, match=r"quant\.gradient\.dx is 'int4'; use auto, bf16, int8 or fp8"):
+        GradientPolicy("int4")
+    cfg = QuantConfig(gradient=GradientConfig(dw=GradientPrecision.int8), activation=ActivationQuantConfig(None))
+    with pytest.raises(ConfigError, match=r"quant\.gradient\.dw=int8 needs 8-bit inputs"):
+        build_spec(cfg)
