@@ -1,5 +1,8 @@
 """``command=benchmark``: speed and memory beside the dense twin and other libraries, as tables, JSON and pictures."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from bitnet_train.training.device import choose
 
 
 def run(cfg: Config) -> int:
-    """Measure and leave the figures in ``<paths.runs>/<run_name>/benchmark/``, also those until Ctrl-C."""
+    """Measure and leave the figures in ``<paths.runs>/<run_name>/benchmark/``, also those until a signal."""
     console = make_console()
     assert cfg.run_name is not None
     folder = Path(cfg.paths.runs) / cfg.run_name / "benchmark"
@@ -29,11 +32,26 @@ def run(cfg: Config) -> int:
     }
     line = line_up(cfg, cfg.benchmark.baselines, variants)
     open_folder(folder)
-    if cfg.benchmark.what in (What.step, What.all):
-        _step(cfg, line, folder, console)
-    if cfg.benchmark.what in (What.layers, What.all):
-        _layers(cfg, folder, console)
+    with _termination_as_exit():
+        if cfg.benchmark.what in (What.step, What.all):
+            _step(cfg, line, folder, console)
+        if cfg.benchmark.what in (What.layers, What.all):
+            _layers(cfg, folder, console)
     return 0
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """SIGTERM, which schedulers and ``timeout`` send, ends like Ctrl-C: with what was measured written, and code 143."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _step(cfg: Config, line: Line, folder: Path, console: Console) -> None:
@@ -44,7 +62,7 @@ def _step(cfg: Config, line: Line, folder: Path, console: Console) -> None:
     try:
         run_step(line, cfg.benchmark, results, lambda text: console.print(text, markup=False))
     finally:
-        # Also what was measured until Ctrl-C.
+        # Also what was measured until a signal came.
         if results.measured or results.not_measured:
             profile = profile_grid(results)
             grids = [step_grid(results), *([] if profile is None else [profile])]

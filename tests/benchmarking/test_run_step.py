@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,16 +111,17 @@ def test_rounds_rotate_and_a_late_failure_ends_one_contender_only() -> None:
     assert [name for name, _ in kept].count("b") == 1
 
 
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_an_interruption_leaves_what_was_measured(
-    tmp_path: Path, small: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small: Config, monkeypatch: pytest.MonkeyPatch, number: int, ending: type[BaseException]
 ) -> None:
     def interrupted(runs: object, rounds: object, keep: object, failed: object, after: object) -> None:
         keep("ternary", 0.5)  # type: ignore[operator]
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr("bitnet_train.benchmarking.run_step.alternate", interrupted)
     cfg = replace(small, run_name="stopped", paths=replace(small.paths, runs=str(tmp_path)))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ending):
         benchmark.run(cfg)
     content = json.loads((tmp_path / "stopped" / "benchmark" / "step.json").read_text())
     assert not content["complete"]
