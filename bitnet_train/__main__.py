@@ -26,11 +26,17 @@ from bitnet_train.errors import BitnetTrainError, ConfigError
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
 from bitnet_train.recipes import Catalogue, config_folder, register, settle, yaml_reason
+from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Overrides that never name a sweep's job.
 NAMELESS = ("recipe", "run_name", "run", "command", "paths.runs", "paths.data")
 # Commands that read the corpus.
 NEED_TEXT = (Command.train, Command.prepare)
+# The sentence for a command that ran out of memory; training, which knows its batch, has a better one.
+OUT_OF_MEMORY = (
+    "This machine ran out of memory ({reason}): choose a smaller model, a shorter data.sequence_length or a machine "
+    "with more memory; whatever was saved before is intact."
+)
 # Longest name of one folder; file systems allow 255 bytes.
 LONGEST_NAME = 120
 
@@ -67,6 +73,11 @@ def answer(arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
         _say(explain(error, catalogue, arguments))
         return 2
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _say(_out_of_memory(error))
+        return 2
     except KeyboardInterrupt:
         _say("Interrupted; nothing was changed since the last save.")
         return 130
@@ -74,6 +85,11 @@ def answer(arguments: list[str]) -> int:
 
 def _say(sentence: str) -> None:
     print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
+
+
+def _out_of_memory(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return OUT_OF_MEMORY.format(reason=lines[0][:160].rstrip(". ") if lines else type(error).__name__)
 
 
 class _Parser(ArgumentParser):
@@ -161,6 +177,11 @@ def _job_of_many(job: Job, catalogue: Catalogue) -> int:
         return error.exit_code
     except OmegaConfBaseException as error:
         _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
+        return 2
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _say(f"{' '.join(job.overrides)}: {_out_of_memory(error)}")
         return 2
 
 

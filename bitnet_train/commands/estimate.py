@@ -94,6 +94,8 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     table.add_row("tokens per step", f"{cfg.trainer.batch_tokens:,}")
     cut = f"{plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length:,}"
     table.add_row("  as micro-batches", cut)
+    if figures.batch_assumption is not None:
+        table.add_row("  trainer.micro_batch", figures.batch_assumption)
     table.add_row("tokens, whole run", f"{figures.tokens:,}")
     table.add_row("epochs", f"{figures.tokens / tokens:.2f} of {tokens:,} tokens" if tokens else remark)
     return table

@@ -1,16 +1,22 @@
 """What a recipe will cost, from its configuration alone: no torch, no weights, no data."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.planning.curve import CurvePoint, characteristic_points
+from bitnet_train.planning.fitting import SHARE, divisors
 from bitnet_train.planning.flops import forward_flops, training_flops_per_token
+from bitnet_train.planning.machine_memory import available_memory
 from bitnet_train.planning.memory import TrainingMemory, training_memory
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.planning.sizes import ExportSize, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.config import BatchPlan, RunConfig, batch_plan
+from bitnet_train.training.config import Accelerator, BatchPlan, RunConfig, TrainerConfig, batch_plan, step_sequences
+
+# Where a GPU's driver announces itself.
+GPU_DRIVER = Path("/proc/driver/nvidia")
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class Estimate:
     forward_flops: dict[str, float]
     training_flops_per_token: float
     batch: BatchPlan
+    # What trainer.micro_batch=auto was taken for, and why; None when it is given.
+    batch_assumption: str | None
     steps: int
     tokens: int
     memory: TrainingMemory
@@ -57,12 +65,14 @@ class Estimate:
 def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
     """Everything that can be known about a run before it starts."""
     spec = build_spec(cfg.quant)
-    plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
+    trainer, assumption = assumed_micro_batch(cfg)
+    plan = batch_plan(trainer, cfg.data.sequence_length)
     return Estimate(
         parameters=count_parameters(cfg.model, spec),
         forward_flops=forward_flops(cfg.model, cfg.data.sequence_length),
         training_flops_per_token=training_flops_per_token(cfg.model, cfg.data.sequence_length),
         batch=plan,
+        batch_assumption=assumption,
         steps=cfg.trainer.max_steps,
         tokens=cfg.trainer.max_steps * cfg.trainer.batch_tokens,
         memory=training_memory(cfg.model, spec, plan.micro_batch, cfg.data.sequence_length, cfg.trainer.precision),
@@ -72,3 +82,30 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
         export_dtype=export_dtype.value,
         curve=characteristic_points(cfg),
     )
+
+
+def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
+    """The trainer's settings with a number for ``micro_batch=auto``, and what that assumes.
+
+    A run on the CPU is reckoned with the memory of this machine; a GPU is not asked, because that takes its libraries.
+    """
+    trainer = cfg.trainer
+    if trainer.micro_batch != "auto":
+        return trainer, None
+    sequences = step_sequences(trainer, cfg.data.sequence_length)
+    on_cpu = trainer.accelerator is Accelerator.cpu or (
+        trainer.accelerator is Accelerator.auto and not GPU_DRIVER.exists()
+    )
+    available = available_memory() if on_cpu else None
+    if available is None:
+        where = "this system does not tell its memory" if on_cpu else "the GPU decides when training starts"
+        return replace(trainer, micro_batch=sequences), f"auto, taken for the whole step: {where}"
+    spec, length = build_spec(cfg.quant), cfg.data.sequence_length
+    needs = {
+        size: training_memory(cfg.model, spec, size, length, trainer.precision).total for size in divisors(sequences)
+    }
+    size = max((size for size, need in needs.items() if need <= SHARE["cpu"] * available), default=None)
+    free = f"{available / 1e9:.1f} GB free here"
+    if size is None:
+        return replace(trainer, micro_batch=1), f"auto, but by this estimate not even one sequence fits into the {free}"
+    return replace(trainer, micro_batch=size), f"auto, by this estimate with {SHARE['cpu']:.0%} of the {free}"

@@ -10,6 +10,7 @@ from bitnet_train.training.config import (
     PercentileClip,
     RunConfig,
     batch_plan,
+    step_sequences,
 )
 from bitnet_train.training.schedules import check_schedule
 
@@ -44,7 +45,14 @@ def check_trainer(cfg: RunConfig) -> None:
         raise ConfigError(f"checkpoint.keep is {cfg.checkpoint.keep}; at least 1 checkpoint must stay.")
     if cfg.samples.max_new_tokens < 1 or cfg.samples.temperature < 0:
         raise ConfigError("samples.max_new_tokens must be at least 1 and samples.temperature at least 0.")
-    batch_plan(trainer, cfg.data.sequence_length)
+    if trainer.micro_batch == "auto":
+        step_sequences(trainer, cfg.data.sequence_length)
+    elif isinstance(trainer.micro_batch, str):
+        raise ConfigError(
+            f"trainer.micro_batch={trainer.micro_batch} is unknown: use a number of sequences, null or auto."
+        )
+    else:
+        batch_plan(trainer, cfg.data.sequence_length)
 
 
 def check_optimizer(cfg: OptimizerConfig) -> None:

@@ -203,8 +203,9 @@ class TrainerConfig:
     max_steps: int = 500
     # Tokens per optimizer step, over all micro-batches.
     batch_tokens: int = 4096
-    # Sequences per forward and backward; null takes the whole batch at once. Smaller means gradient accumulation.
-    micro_batch: int | None = None
+    # Sequences per forward and backward: a number; null for the whole step at once; or auto, the largest number that
+    # divides the step and fits into memory, measured before training starts. Smaller means gradient accumulation.
+    micro_batch: Union[int, str, None] = None  # noqa: UP007
     # 32-true, bf16-mixed, or auto: bf16-mixed where the device multiplies bf16 natively.
     precision: str = "auto"
     # torch.compile of the model: true, false, or auto: on a GPU, and on a CPU for runs long enough to pay for it.
@@ -315,15 +316,28 @@ class BatchPlan:
     accumulation: int
 
 
-def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
-    """Raises ConfigError when trainer.batch_tokens, data.sequence_length and trainer.micro_batch do not divide."""
+def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
+    """Sequences per optimizer step. Raises ConfigError when data.sequence_length does not divide the step's tokens."""
     sequences, rest = divmod(trainer.batch_tokens, sequence_length)
     if rest or sequences < 1:
         raise ConfigError(
             f"trainer.batch_tokens={trainer.batch_tokens} is no multiple of data.sequence_length={sequence_length}: "
             f"use {max(1, round(trainer.batch_tokens / sequence_length)) * sequence_length}."
         )
-    micro = trainer.micro_batch or sequences
+    return sequences
+
+
+def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
+    """Raises ConfigError when trainer.batch_tokens, data.sequence_length and trainer.micro_batch do not divide.
+
+    Training and the estimate put a number in the place of ``micro_batch=auto`` before; for others that is an error.
+    """
+    sequences = step_sequences(trainer, sequence_length)
+    if isinstance(trainer.micro_batch, str):
+        raise ConfigError(
+            f"trainer.micro_batch={trainer.micro_batch} is resolved where training starts: give this command a number."
+        )
+    micro = sequences if trainer.micro_batch is None else trainer.micro_batch
     if micro < 1 or sequences % micro:
         raise ConfigError(
             f"trainer.micro_batch={micro} does not divide the {sequences} sequences of a step "

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from bitnet_train.training.config import RunConfig, WandbLogger, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
+from bitnet_train.training.micro_batch import find_micro_batch
 from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
 from bitnet_train.training.run_folder import RunFolder
 
@@ -104,12 +106,34 @@ def train(
     choices = choose(cfg)
     kernels = choose_backend(choices.device, cfg.kernels.backend)
     decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
-    console.print(f"model: {audit(decoder).sentence()}")
+    counts = audit(decoder)
+    console.print(f"model: {counts.sentence()}")
     for line in (*choices.sentences(), f"kernels: {kernels.backend.name} ({kernels.reason})"):
         console.print(line, markup=False)
+    remembered: dict[str, Any] = {
+        "kernels": kernels.backend.name,
+        "data_fingerprint": manifest.fingerprint,
+        "from_step": first,
+    }
+    if counts.quantised_linears:
+        dx, dw = decoder.spec.gradient.resolve("bf16" if choices.precision == "bf16-mixed" else "fp32")
+        console.print(f"gradients: dX in {dx}, dW in {dw} (quant.gradient)", markup=False)
+        remembered["gradients"] = {"dx": dx, "dw": dw}
 
     tokenizer = load_tokenizer(shards)
     tokenizer.save(folder.tokenizer)  # The run outlives its shards.
+    # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in whatever
+    # order its threads arrive in; PyTorch's deterministic mode does not. (Filling fresh memory is for debugging.)
+    deterministic = choices.device == "cpu"
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if cfg.trainer.micro_batch == "auto":
+        with console.status("finding the largest micro-batch that fits"):
+            found = find_micro_batch(
+                cfg, decoder, choices, lambda compiled: PretrainingModule(cfg, decoder, tokenizer.bos_id, compiled)
+            )
+        console.print(found.sentence(), markup=False)
+        remembered["micro_batch_search"] = found.as_dict()
+        cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
     data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
     epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
@@ -121,7 +145,7 @@ def train(
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
     loggers = _loggers(cfg, folder, run_name, first, console)
     cut_samples(folder.samples_file, first)
-    remembered = {"kernels": kernels.backend.name, "data_fingerprint": manifest.fingerprint, "from_step": first}
+    remembered["micro_batch"] = plan.micro_batch
     folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
 
     clock = TrainingClock()
@@ -138,10 +162,6 @@ def train(
         checkpoints,
         stop,
     ]
-    # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in whatever
-    # order its threads arrive in; PyTorch's deterministic mode does not. (Filling fresh memory is for debugging.)
-    deterministic = choices.device == "cpu"
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with _quiet_lightning():
         trainer = L.Trainer(
             deterministic=deterministic,
@@ -165,6 +185,14 @@ def train(
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            done = checkpoints.saved_step if checkpoints.saved_step >= 0 else first
+            saved = f"{folder.last_checkpoint} (step {done})" if folder.last_checkpoint is not None else None
+            learning = decoder.training
+            step = trainer.global_step + learning
+            raise ConfigError(training_advice(plan, cfg.data.sequence_length, step, saved, learning)) from None
     return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
 
 
