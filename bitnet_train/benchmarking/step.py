@@ -6,6 +6,7 @@ out. Everything that computes is in: rates of the step, forward and loss (compil
 rule, optimizer, refresh of the codes (a hook of the optimizer's), and dropping the gradients.
 """
 
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,8 @@ from bitnet_train.training.config import batch_plan
 from bitnet_train.training.losses import build_loss
 from bitnet_train.training.optimizers import build_optimizer, set_rates
 from bitnet_train.training.schedules import learning_rate, weight_decay
+
+_NUMBERS = itertools.count()
 
 
 @contextmanager
@@ -111,10 +114,11 @@ def compiled_alone(function: types.FunctionType | Callable[..., Tensor], name: s
 
     torch.compile keeps what it compiled, how often it had to and which sizes have changed with the code object. Several
     contenders that share one would run into its limit, test each other's guards in every step and turn sizes that
-    differ between them into dynamic ones. So each gets a code object and a name of its own.
+    differ between them into dynamic ones (which it remembers by file, line and name). So each gets a code object and a
+    name of its own.
     """
     assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_of_{name}")
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_of_{name}_{next(_NUMBERS)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     compiled: Callable[..., Tensor] = torch.compile(own)
     return compiled

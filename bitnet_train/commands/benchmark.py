@@ -42,7 +42,7 @@ def run(cfg: Config) -> int:
 
 @contextmanager
 def _termination_as_exit() -> Iterator[None]:
-    """SIGTERM, which schedulers and ``timeout`` send, ends like Ctrl-C: with what was measured written, and code 143."""
+    """SIGTERM, which schedulers and ``timeout`` send, ends as Ctrl-C does, with what was measured written; code 143."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
