@@ -1,6 +1,7 @@
 """Writes what was measured: JSON with everything, Markdown with the tables, a picture."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,7 +61,7 @@ def markdown(kind: str, run_name: str, source: dict[str, Any], grids: Sequence[G
         f"- machine: {machine}; {hardware['threads']} threads on {hardware['cores']} cores",
         f"- versions: {shown}",
         f"- commit: {commit}",
-        f"- command: `{' '.join(['python -m bitnet_train', *source['command'][1:]])}`",
+        f"- command: `{shlex.join(['python', '-m', 'bitnet_train', *source['command'][1:]])}`",
         "",
     ]
     return "\n".join([*lines, *(grid.markdown() for grid in grids), *(f"- {note}" for note in notes), ""])
