@@ -21,7 +21,8 @@ pytest.importorskip("transformers")
 Make = Callable[[str], SmallRun]
 
 PIECES = {
-    "linears fed our inputs", "norm and linear as one", "RMSNorms fed our inputs", "RMSNorms fed quiet inputs", "attention fed our q, k, v",
+    "linears fed our inputs", "norm and linear as one", "RMSNorms fed our inputs", "RMSNorms fed quiet inputs",
+    "attention fed our q, k, v",
     "FFN gating fed our inputs", "rotary positions",
 }  # fmt: skip
 
