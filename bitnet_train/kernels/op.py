@@ -190,10 +190,12 @@ class _BitLinear(torch.autograd.Function):
         codes_x, stream, rstd = backend.quantise(read, delta, norm_weight, norm_eps)
         y = backend.matmul(codes_x, weights, bias, out_dtype)
         # The int8 codes are all that dW needs; the stream only for the norm, where it is alive as the residual anyway.
-        # A gated input is computed again from the gate and the other factor, which its own gradient needs.
+        # A gated input and its codes are computed again from the gate and the other factor, which its gradient needs.
         normed = norm_weight is not None
         kept = x if gate is not None else stream if normed else None
-        ctx.save_for_backward(*codes_x, *weights, kept, gate, norm_weight, rstd)
+        codes, scale = codes_x if gate is None else (None, None)
+        ctx.save_for_backward(codes, scale, *weights, kept, gate, norm_weight, rstd)
+        ctx.norm_eps = norm_eps
         ctx.activation, ctx.normed, ctx.backend, ctx.rows = activation, normed, backend, rows
         ctx.dtype, ctx.x_dtype = out_dtype, x.dtype
         ctx.delta_dtype = None if delta is None else delta.dtype
@@ -216,11 +218,11 @@ class _BitLinear(torch.autograd.Function):
             delta = None if grad_stream is None or not needs_delta else grad_stream.to(ctx.delta_dtype)
             return grad_stream, delta, *[None] * (len(ctx.needs_input_grad) - 2)
         filled = _fill_in(grads, used, ctx.rows)
+        stream = kept if gate is None else gated(gate, kept, ctx.activation)
         grad_x = grad_gate = grad_norm_weight = None
         if needs_x or needs_delta or needs_gate or needs_norm:
             grad_x = backend.grad_input(filled, weights, dx, ctx.dtype)
             if ctx.normed:
-                stream = kept if gate is None else gated(gate, kept, ctx.activation)
                 grad_x, grad_norm_weight = backend.grad_norm(grad_x, stream, norm_weight, rstd, grad_stream)
                 grad_norm_weight = grad_norm_weight.to(norm_weight.dtype)
             elif grad_stream is not None:
@@ -233,7 +235,10 @@ class _BitLinear(torch.autograd.Function):
         needs_masters = ctx.needs_input_grad[14:]
         grad_masters: list[Tensor | None] = [None] * len(needs_masters)
         if any(needs_masters):
-            grads_w = backend.grad_weight(filled, TokenCodes(codes, scale), dw)
+            again = TokenCodes(codes, scale)
+            if gate is not None:
+                again = backend.quantise(stream, None, norm_weight, ctx.norm_eps).codes
+            grads_w = backend.grad_weight(filled, again, dw)
             grad_masters = _master_gradients(grads_w, needs_masters, ctx.types)
         return grad_x, grad_delta, grad_gate, grad_norm_weight, grad_bias, *[None] * 9, *grad_masters
 

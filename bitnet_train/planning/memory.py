@@ -14,7 +14,8 @@ gradients              4 per parameter
 optimizer state        8 per parameter (two moments in float32)
 code buffers           1 per quantised parameter, 4 per quantised row
 compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)
-quantised inputs       int8 codes, and 8 per token for scale and 1/rms: once for q, k, v, once for gate and up
+quantised inputs       int8 codes, and 8 per token for scale and 1/rms: for q, k, v, for gate and up, for o;
+                       the down projection computes its own again
 norm inputs            the residual before attention and FFN (r); before a float down projection the gated state too (c)
 float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
 attention              rotated q and k, the v that lies inside the stacked q/k/v product, the output (all c), 4 per head
@@ -114,7 +115,7 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
     q, k, v, o = (f"self_attn.{p}_proj" for p in "qkvo")
     gate, up, down = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0}
-    # A down projection with 8-bit inputs computes its gated input again from gate and up.
+    # A down projection with 8-bit inputs computes its gated input and the codes again from gate and up.
     fused_gate = quants[down].quantised and quants[down].activation_bits == 8
     # (layers that share the input, its width, bytes of its type, norm before it, is it kept by something else already)
     for names, width, size, normed, kept in (
@@ -123,7 +124,9 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
         ((gate, up), cfg.hidden, residual, True, False),
         ((down,), cfg.ffn, compute, sub_normed, fused_gate),
     ):
-        for part, extra in _input_per_token([quants[n] for n in names], width, size, normed, kept, compute).items():
+        for part, extra in _input_per_token(
+            [quants[n] for n in names], width, size, normed, kept, compute, fused_gate and names == (down,)
+        ).items():
             parts[part] += extra
     # What the stacked product of several layers is kept by: v for attention, up (and gate under silu) for the FFN.
     values = _stack(quants, outs, v, (q, k, v))
@@ -139,13 +142,15 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
 
 
 def _input_per_token(
-    quants: list[LayerQuant], width: int, size: int, normed: bool, kept: bool, compute: int
+    quants: list[LayerQuant], width: int, size: int, normed: bool, kept: bool, compute: int, again: bool
 ) -> dict[str, int]:
-    """What the layers reading one input save of it, bytes per token."""
+    """What the layers reading one input save of it, bytes per token; ``again`` if they compute its codes again."""
     bits = {quant.activation_bits for quant in quants if quant.quantised}
     # The float layers share one norm, the weight-only layers another.
     wide = any(not quant.quantised for quant in quants) + (None in bits)
     codes = width + FLOAT32 * (2 if normed else 1) if 8 in bits else 0
+    if again and 8 in bits:
+        codes = FLOAT32 if normed else 0
     # The float32 input itself: once for all that keep it; a narrower one is kept as it is by the quantiser's norm, and
     # once more as float32 by every norm outside the quantiser.
     inputs = size * width if normed and not kept and (8 in bits or size == FLOAT32) else 0
