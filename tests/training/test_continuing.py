@@ -106,7 +106,7 @@ def test_another_micro_batch_on_the_way_changes_nothing_but_rounding(workspace: 
         whole, changed = workspace.rows("whole"), workspace.rows(run.removeprefix("run_name="))
         assert [row["step"] for row in changed] == [row["step"] for row in whole]
         for a, b in zip(whole, changed, strict=True):
-            # Rounding flips codes, of weights and of int8 gradients, which the gradient's norm shows more than the loss.
+            # Rounding flips codes of weights and of int8 gradients, which the gradient norm shows more than the loss.
             for column, slack in (("train/loss", 0.02), ("grad_norm", 0.1)):
                 assert float(a[column]) == pytest.approx(float(b[column]), rel=slack), (first, then, a["step"], column)
 
