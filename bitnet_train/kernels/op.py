@@ -268,7 +268,8 @@ class _WeightOnlyLinear(torch.autograd.Function):
         ctx.save_for_backward(x_cast, codes_w, row_scale, backward_codes)
         ctx.backend, ctx.rows, ctx.dtype, ctx.x_dtype = backend, rows, out_dtype, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.policy = gradient.resolve(_COMPUTE[out_dtype])
+        dx, dw = gradient.resolve(_COMPUTE[out_dtype])
+        ctx.policy = dx, _COMPUTE[out_dtype] if dw == "int8" else dw  # a float input has no codes to multiply
         ctx.types = [None if m is None else m.dtype for m in masters]
         ctx.set_materialize_grads(False)
         return torch.split(y, rows, dim=1) if len(rows) > 1 else (y,)

@@ -45,7 +45,8 @@ class GradientConfig:
     # dX = dY @ W: bf16; int8 or fp8 with one scale per token of dY; or auto: int8 in runs with 16-bit matmuls, else
     # the run's own type.
     dx: GradientPrecision = GradientPrecision.auto
-    # dW = dY.T @ X: bf16; int8 with one scale per output and block of 128 tokens of dY; or auto: the run's own type.
+    # dW = dY.T @ X: bf16; int8 with one scale per output and block of 128 tokens of dY; or auto: the run's own type,
+    # which is also what int8 comes to for layers whose inputs stay floats (quant.activation.bits=null).
     dw: GradientPrecision = GradientPrecision.auto
 
 

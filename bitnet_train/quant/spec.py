@@ -1,7 +1,7 @@
 """A frozen description of which linear layer is quantised how."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from bitnet_train.errors import ConfigError
@@ -123,8 +123,8 @@ def build_spec(cfg: QuantConfig) -> QuantSpec:
     gradient = GradientPolicy(cfg.gradient.dx.value, cfg.gradient.dw.value)
     spec = QuantSpec(default, tuple((o.pattern, _overridden(default, o)) for o in cfg.overrides), gradient)
     layers = (default, *(layer for _, layer in spec.overrides))
-    if gradient.dw == "int8" and any(layer.quantised and layer.activation_bits is None for layer in layers):
-        raise ConfigError("quant.gradient.dw=int8 needs 8-bit inputs: set quant.activation.bits=8 or remove it.")
+    if not any(layer.quantised and layer.activation_bits for layer in layers):
+        return replace(spec, gradient=replace(gradient, dw="bf16" if gradient.dw == "bf16" else "auto"))
     return spec
 
 

@@ -145,6 +145,9 @@ def test_precisions_that_cannot_be_are_refused() -> None:
         GradientPolicy("auto", "fp8")
     with pytest.raises(ConfigError, match=r"quant\.gradient\.dx is 'int4'; use auto, bf16, int8 or fp8"):
         GradientPolicy("int4")
-    cfg = QuantConfig(gradient=GradientConfig(dw=GradientPrecision.int8), activation=ActivationQuantConfig(None))
-    with pytest.raises(ConfigError, match=r"quant\.gradient\.dw=int8 needs 8-bit inputs"):
-        build_spec(cfg)
+
+
+def test_int8_weight_gradients_need_8_bit_inputs_somewhere() -> None:
+    gradient = GradientConfig(dw=GradientPrecision.int8)
+    assert build_spec(QuantConfig(gradient=gradient)).gradient.dw == "int8"
+    assert build_spec(QuantConfig(gradient=gradient, activation=ActivationQuantConfig(None))).gradient.dw == "auto"

@@ -288,7 +288,11 @@ def test_the_precision_of_gradients_is_said_and_recorded(
     monkeypatch.chdir(workspace.folder)
     short = ("trainer.max_steps=1", "samples.every_steps=null", "trainer.validate_every=9")
     for name, more, line in (
-        ("a", ("trainer.precision=bf16-mixed",), "gradients: dX in int8, dW in bf16 (quant.gradient)"),
+        (
+            "a",
+            ("trainer.precision=bf16-mixed", "quant.gradient.dw=auto"),
+            "gradients: dX in int8, dW in bf16 (quant.gradient)",
+        ),
         ("b", ("trainer.precision=32-true", "quant.gradient.dw=int8"), "gradients: dX in fp32, dW in int8"),
         ("c", ("quant=none",), None),
     ):
