@@ -19,7 +19,7 @@ Commands (command=...)
   benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)
-  +recipe=tiny                             train on this Python's source, about 3 minutes
+  +recipe=tiny                             train on this Python's source, about 2 minutes
   +recipe=tiny quant=none run_name=dense   the same without quantisation
   -m +recipe=tiny optimizer.lr=2e-3,4e-3   a sweep, each job in its own run folder
   +recipe=2b4t command=estimate            what BitNet b1.58 2B4T takes
