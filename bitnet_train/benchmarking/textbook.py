@@ -10,9 +10,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet_train.kernels.gating import gated
 from bitnet_train.nn.bit_linear import SharedInput
 from bitnet_train.nn.decoder import Block, Decoder
 from bitnet_train.nn.norm import RMSNorm
+from bitnet_train.quant.activations import residual_sum
 
 
 def activation_quant(x: Tensor) -> Tensor:
@@ -61,9 +63,8 @@ class LayerByLayer(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """As :meth:`SharedInput.forward`, with plain operations."""
         if gate is not None:
-            x = (F.silu(gate) if activation == "silu" else F.relu(gate).square()) * x
-        if delta is not None:
-            x = (x.float() + delta.float()).to(x.dtype)
+            x = gated(gate, x, activation)
+        x = residual_sum(x, delta)
         norm = self.norm_ref[0]
         read = x if norm is None else norm(x)
         return [layer(read) for layer in self.layers], x

@@ -16,7 +16,7 @@ from bitnet_train.kernels.cpu import CpuBackend
 from bitnet_train.kernels.gating import gated, gated_backward
 from bitnet_train.kernels.reference import FLOATS, ReferenceBackend
 from bitnet_train.kernels.triton.backend import TritonBackend
-from bitnet_train.quant.activations import TokenCodes, rms_norm
+from bitnet_train.quant.activations import TokenCodes, residual_sum, rms_norm
 from bitnet_train.quant.spec import GradientPolicy
 
 register_backend(ReferenceBackend())
@@ -110,7 +110,7 @@ def shared_bit_linear(
     if activation_bits is None:
         if flat_gate is not None:
             flat = gated(flat_gate, flat, activation)
-        stream = flat if flat_delta is None else (flat.float() + flat_delta.float()).to(flat.dtype)
+        stream = residual_sum(flat, flat_delta)
         parts = _WeightOnlyLinear.apply(
             stream if norm_weight is None else rms_norm(stream, norm_weight, norm_eps)[0],
             bias, *weights, rows, out_dtype, backend, gradient, *masters,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("bitnet_train", "FRAGMENT")
 
@@ -28,3 +29,23 @@ def operator(signature: str, fake: Function, device: str) -> Callable[[Function]
         return kernel
 
     return implement
+
+
+def quantise_fake(
+    x: Tensor, delta: Tensor | None, norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scale, 1/rms and stream of an input quantiser; the last two empty when there is no norm, no delta."""
+    m, k = x.shape
+    return (
+        x.new_empty((m, k), dtype=torch.int8),
+        x.new_empty((m, 1), dtype=torch.float32),
+        x.new_empty((m, 1) if norm is not None else (0,), dtype=torch.float32),
+        x.new_empty((m, k) if delta is not None else (0,)),
+    )
+
+
+def matmul_fake(
+    codes: Tensor, scale: Tensor, codes_w: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """The product (M, N)."""
+    return scale.new_empty((codes.shape[0], codes_w.shape[0]), dtype=out_dtype)

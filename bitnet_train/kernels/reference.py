@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.kernels.backend import Quantised, WeightCodes
-from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
+from bitnet_train.quant.activations import TokenCodes, quantise_tokens, residual_sum, rms_norm
 from bitnet_train.quant.gradients import (
     FP8,
     block_weight_gradient,
@@ -50,7 +50,7 @@ class ReferenceBackend:
         return None
 
     def quantise(self, x: Tensor, delta: Tensor | None, norm_weight: Tensor | None, eps: float) -> Quantised:
-        stream = x if delta is None else (x.float() + delta.float()).to(x.dtype)
+        stream = residual_sum(x, delta)
         if norm_weight is None:
             return Quantised(quantise_tokens(stream), stream, None)
         normed, rstd = rms_norm(stream, norm_weight, eps)

@@ -16,7 +16,7 @@ from bitnet_train.kernels.backend import Backend, WeightCodes, choose_backend
 from bitnet_train.kernels.gating import gated
 from bitnet_train.kernels.op import compute_dtype, shared_bit_linear
 from bitnet_train.nn.norm import RMSNorm
-from bitnet_train.quant.activations import rms_norm
+from bitnet_train.quant.activations import residual_sum, rms_norm
 from bitnet_train.quant.spec import GradientPolicy, LayerQuant
 from bitnet_train.quant.weights import Codes
 
@@ -122,8 +122,7 @@ def shared_input_forward(
         )  # fmt: skip
         delta = None
         outputs |= {id(layer): part for layer, part in zip(group, parts, strict=True)}
-    if delta is not None:
-        x = (x.float() + delta.float()).to(x.dtype)
+    x = residual_sum(x, delta)
     floats = [layer for layer in layers if not isinstance(layer, BitLinear)]
     if floats:
         read = x if gate is None else gated(gate, x, activation)

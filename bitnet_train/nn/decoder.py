@@ -26,6 +26,7 @@ from bitnet_train.nn.kv_cache import KVCache
 from bitnet_train.nn.layout import block_linears, check_spec
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.nn.rotary import negate_first_half, rotary_table, rotate
+from bitnet_train.quant.activations import residual_sum
 from bitnet_train.quant.spec import QuantSpec
 
 
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
             x, delta = block(x, delta, place, cache, i)
         if cache is not None:
             cache.length += tokens
-        return self.norm(x if delta is None else (x.float() + delta.float()).to(x.dtype))
+        return self.norm(residual_sum(x, delta))
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (batch, tokens) -> logits (batch, tokens, vocab) in the autocast type or the parameters' type."""

@@ -19,6 +19,11 @@ class TokenCodes(NamedTuple):
         return self.codes.float() * self.scale
 
 
+def residual_sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    """The residual stream ``x + delta``, added in float32 and rounded once to the type of x; x itself without delta."""
+    return x if delta is None else (x.float() + delta.float()).to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension in float32: ``x * rsqrt(mean(x^2) + eps) * weight``.
 

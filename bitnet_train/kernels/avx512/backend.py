@@ -15,7 +15,7 @@ from torch import Tensor
 from bitnet_train.kernels.avx512.build import load
 from bitnet_train.kernels.backend import Quantised, WeightCodes
 from bitnet_train.kernels.cpu import CpuBackend
-from bitnet_train.kernels.operators import operator
+from bitnet_train.kernels.operators import matmul_fake, operator, quantise_fake
 from bitnet_train.kernels.reference import check_width
 from bitnet_train.quant.activations import TokenCodes
 from bitnet_train.quant.spec import LayerQuant
@@ -118,27 +118,15 @@ def _call(name: str, *arguments: Any) -> None:
 # --- operators that torch.compile treats as one node each, with fake implementations that give shapes and types ---
 
 
-def _quantise_fake(
-    x: Tensor, delta: Tensor | None, norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m, k = x.shape
-    return (
-        x.new_empty((m, k), dtype=torch.int8),
-        x.new_empty((m, 1), dtype=torch.float32),
-        x.new_empty((m, 1) if norm is not None else (0,), dtype=torch.float32),
-        x.new_empty((m, k) if delta is not None else (0,)),
-    )
-
-
 @operator(
     "avx512_quantise(Tensor x, Tensor? delta, Tensor? norm, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _quantise_fake,
+    quantise_fake,
     "CPU",
 )
 def _quantise(
     x: Tensor, delta: Tensor | None, norm: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes, scale, rstd, stream = _quantise_fake(x, delta, norm, eps)
+    codes, scale, rstd, stream = quantise_fake(x, delta, norm, eps)
     x = x.contiguous()
     delta = None if delta is None else delta.contiguous()
     norm = None if norm is None else norm.float().contiguous()
@@ -147,22 +135,16 @@ def _quantise(
     return codes, scale, rstd, stream
 
 
-def _matmul_fake(
-    codes: Tensor, scale: Tensor, codes_w: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    return scale.new_empty((codes.shape[0], codes_w.shape[0]), dtype=out_dtype)
-
-
 @operator(
     "avx512_matmul(Tensor codes, Tensor scale, Tensor codes_w, Tensor row_scale, Tensor? bias, ScalarType out_dtype)"
     " -> Tensor",
-    _matmul_fake,
+    matmul_fake,
     "CPU",
 )
 def _matmul(
     codes: Tensor, scale: Tensor, codes_w: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    out = _matmul_fake(codes, scale, codes_w, row_scale, bias, out_dtype)
+    out = matmul_fake(codes, scale, codes_w, row_scale, bias, out_dtype)
     codes, scale, row_scale = codes.contiguous(), scale.contiguous(), row_scale.contiguous()
     codes_w, transposed = _rows_or_columns(codes_w)
     bias = None if bias is None else bias.float().contiguous()

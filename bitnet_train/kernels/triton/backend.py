@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.kernels.backend import Quantised, WeightCodes
-from bitnet_train.kernels.operators import operator
+from bitnet_train.kernels.operators import matmul_fake, operator, quantise_fake
 from bitnet_train.kernels.reference import FLOATS, ReferenceBackend, check_width
 from bitnet_train.quant.activations import TokenCodes
 from bitnet_train.quant.gradients import FP8
@@ -118,21 +118,9 @@ def _as_fp8(codes: Tensor) -> Tensor:
     return codes.float().to(FP8).contiguous()
 
 
-def _quantise_fake(
-    x: Tensor, delta: Tensor | None, norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m, k = x.shape
-    return (
-        x.new_empty((m, k), dtype=torch.int8),
-        x.new_empty((m, 1), dtype=torch.float32),
-        x.new_empty((m, 1) if norm is not None else (0,), dtype=torch.float32),
-        x.new_empty((m, k) if delta is not None else (0,)),
-    )
-
-
 @operator(
     "triton_quantise(Tensor x, Tensor? delta, Tensor? norm, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _quantise_fake,
+    quantise_fake,
     ANY_DEVICE,
 )
 def _quantise(
@@ -144,16 +132,10 @@ def _quantise(
     return codes, scale, nothing if rstd is None else rstd, x.new_empty((0,)) if stream is None else stream
 
 
-def _matmul_fake(
-    codes: Tensor, scale: Tensor, codes_w: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    return scale.new_empty((codes.shape[0], codes_w.shape[0]), dtype=out_dtype)
-
-
 @operator(
     "triton_matmul(Tensor codes, Tensor scale, Tensor codes_w, Tensor row_scale, Tensor? bias, ScalarType out_dtype)"
     " -> Tensor",
-    _matmul_fake,
+    matmul_fake,
     ANY_DEVICE,
 )
 def _matmul(

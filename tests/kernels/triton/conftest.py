@@ -69,3 +69,15 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(params=["pointers", "tma"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+    """Both ways to memory; on a GPU, where TMA is a matter of its generation, "tma" means what the launcher chooses."""
+    from bitnet_train.kernels.triton import tuning  # imports Triton, which must be told to interpret first
+
+    if request.param == "pointers":
+        monkeypatch.setattr(tuning, "TMA_SINCE", 10_000)
+    elif device.type == "cpu":
+        monkeypatch.setattr(tuning, "TMA_SINCE", 0)
+    return request.param

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from bitnet_train.kernels.backend import WeightCodes
 from bitnet_train.kernels.reference import ReferenceBackend
-from bitnet_train.kernels.triton import tuning
 from bitnet_train.kernels.triton.matmul import bf16_matmul_codes, fp8_matmul, int8_matmul, int8_matmul_packed
 from bitnet_train.quant.activations import TokenCodes
 from bitnet_train.quant.gradients import quantise_gradient_rows
@@ -30,16 +29,6 @@ def expected_scaled(
     if bias is not None:
         result = result + bias.float()
     return result.to(dtype)
-
-
-@pytest.fixture(params=["pointers", "tma"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
-    """Both ways to memory; on a GPU, where TMA is a matter of its generation, "tma" means what the launcher chooses."""
-    if request.param == "pointers":
-        monkeypatch.setattr(tuning, "TMA_SINCE", 10_000)
-    elif device.type == "cpu":
-        monkeypatch.setattr(tuning, "TMA_SINCE", 0)
-    return request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)

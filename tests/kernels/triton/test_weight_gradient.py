@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet_train.kernels.triton import tuning, weight_gradient
+from bitnet_train.kernels.triton import weight_gradient
 from bitnet_train.kernels.triton.weight_gradient import (
     block_weight_gradient,
     token_parts,
@@ -22,16 +22,6 @@ TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 def tokens(m: int, k: int) -> TokenCodes:
     return quantise_tokens(torch.randn(m, k) * torch.logspace(-1, 1, m)[:, None])
-
-
-@pytest.fixture(params=["pointers", "tma"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
-    """Both ways to memory; on a GPU, where TMA is a matter of its generation, "tma" means what the launcher chooses."""
-    if request.param == "pointers":
-        monkeypatch.setattr(tuning, "TMA_SINCE", 10_000)
-    elif device.type == "cpu":
-        monkeypatch.setattr(tuning, "TMA_SINCE", 0)
-    return request.param
 
 
 def check(got: Tensor, dy: Tensor, x: TokenCodes, dtype: torch.dtype) -> None:
