@@ -6,18 +6,17 @@ it is what PyTorch allocated. ``held_before`` is what the process held before th
 for a compiled contender, the compiler, which has compiled something small by then.
 """
 
-import ctypes
 import gc
 import platform
 import resource
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from bitnet_train.benchmarking.contenders import Contender
 from bitnet_train.benchmarking.peers import PEERS, load_peer
 from bitnet_train.benchmarking.step import TrainingStep, compiled_alone, training_mode
+from bitnet_train.planning.machine_memory import ResidentMemory, give_back_free_memory
 
 MEASURED_STEPS = 3
 
@@ -56,21 +55,24 @@ def step_memory(contender: Contender, warmup: int) -> StepMemory:
         return StepMemory(meter.peak(), held, meter.how)
 
 
-class _ResidentMemory:
-    """VmRSS and VmHWM of this process."""
+class _Resident:
+    """VmRSS and VmHWM of this process, free pages given back first: what building left behind is not the step's."""
 
     how = "resident memory (VmHWM)"
 
+    def __init__(self) -> None:
+        self._memory = ResidentMemory()
+
     def now(self) -> int:
-        _tidy()
-        return _status("VmRSS")
+        give_back_free_memory()
+        return self._memory.now()
 
     def reset(self) -> None:
-        _tidy()
-        Path("/proc/self/clear_refs").write_text("5")
+        give_back_free_memory()
+        self._memory.reset_peak()
 
     def peak(self) -> int:
-        return _status("VmHWM")
+        return self._memory.peak()
 
 
 class _LargestResident:
@@ -82,7 +84,7 @@ class _LargestResident:
         return self.peak()
 
     def reset(self) -> None:
-        _tidy()
+        give_back_free_memory()
 
     def peak(self) -> int:
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -106,28 +108,13 @@ class _Allocated:
         return torch.cuda.max_memory_allocated()
 
 
-def _meter(device: str) -> _ResidentMemory | _LargestResident | _Allocated:
+def _meter(device: str) -> _Resident | _LargestResident | _Allocated:
     if device == "cuda":
         return _Allocated()
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _ResidentMemory()
+        return _Resident()
     except OSError:
         return _LargestResident()
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _tidy() -> None:
-    """Give free pages back, so that what building and compiling left behind is not counted as the step's."""
-    gc.collect()
-    if platform.system() == "Linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim is not None:
-            trim(0)
 
 
 def _load_compiler(device: str) -> None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from bitnet_train.benchmarking.contenders import Contender
-from bitnet_train.data.windows import document_numbers
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.training.clipping import build_clip
 from bitnet_train.training.config import batch_plan
 from bitnet_train.training.losses import build_loss
-from bitnet_train.training.optimizers import build_optimizer, set_rates
-from bitnet_train.training.schedules import learning_rate, weight_decay
+from bitnet_train.training.optimizers import build_optimizer
+from bitnet_train.training.step import next_token_loss, set_step_rates
 
 _NUMBERS = itertools.count()
 
@@ -77,11 +76,7 @@ class TrainingStep:
                 loss = self._compute(batch)
             losses.append(loss.detach())
             (loss / self.plan.accumulation).backward()
-        total = cfg.trainer.max_steps
-        at = min(step, total - 1)
-        lr = learning_rate(cfg.schedule, cfg.optimizer.lr, at, total)
-        decay = weight_decay(cfg.schedule, cfg.weight_decay_schedule, cfg.optimizer.weight_decay, at, total)
-        set_rates(self.optimizer, lr, decay)
+        set_step_rates(self.optimizer, cfg, min(step, cfg.trainer.max_steps - 1))
         self.clip.clip(self.decoder.parameters())
         self.optimizer.step()
         return torch.stack(losses).mean()
@@ -102,9 +97,7 @@ class TrainingStep:
         bos = 0 if cfg.data.attend_within_documents else None
 
         def batch_loss(ids: Tensor) -> Tensor:
-            inputs, targets = ids[:, :-1], ids[:, 1:]
-            documents = None if bos is None else document_numbers(inputs, bos)
-            return loss(decoder.hidden_states(inputs, documents), decoder.head_weight, targets)
+            return next_token_loss(decoder, loss, ids, bos)
 
         return compiled_alone(batch_loss, self.contender.name) if self.contender.compiled else batch_loss
 

@@ -1,10 +1,14 @@
-"""How much more memory this process can take: what the kernel has, and what the cgroups around the process leave.
+"""The memory of this process: how much more it can take, and how much it holds and has held.
 
-A container or a SLURM job sees the whole machine in /proc/meminfo and is killed at its cgroup's limit, so the smaller
-figure counts. No torch here.
+What it can take is what the kernel has and what the cgroups around the process leave. A container or a SLURM job sees
+the whole machine in /proc/meminfo and is killed at its cgroup's limit, so the smaller figure counts. What it holds is
+the kernel's count of resident memory. No torch here.
 """
 
+import ctypes
+import gc
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -33,6 +37,44 @@ def available_memory(root: Path = Path("/")) -> int | None:
     if "SC_PHYS_PAGES" in os.sysconf_names and not (root / "proc").is_dir():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+class ResidentMemory:
+    """This process's resident memory and its high-water mark, in bytes, as Linux counts them.
+
+    proc_pid_status(5) has both figures, proc_pid_clear_refs(5) resets the mark. Raises OSError where it cannot be
+    reset.
+    """
+
+    def __init__(self) -> None:
+        self.reset_peak()
+
+    def now(self) -> int:
+        """Bytes resident."""
+        return self._read("VmRSS:")
+
+    def peak(self) -> int:
+        """The most bytes resident since the mark was reset."""
+        return self._read("VmHWM:")
+
+    def reset_peak(self) -> None:
+        """Put the mark to what is resident now."""
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def _read(self, name: str) -> int:
+        found = _entries(Path("/proc/self/status")).get(name)
+        if found is None:
+            raise OSError(f"/proc/self/status has no {name}")
+        return 1024 * found
+
+
+def give_back_free_memory() -> None:
+    """Return to the system what nothing refers to any more: glibc keeps freed blocks of up to 32 MB."""
+    gc.collect()
+    if platform.system() == "Linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:

@@ -9,13 +9,10 @@ A GPU says itself when its memory is full. A CPU's process is killed, so there t
 no size is tried that the sizes before do not vouch for, and less of the memory is used.
 """
 
-import ctypes
-import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -25,7 +22,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.planning.fitting import SHARE, MemoryLine, climb, divisors
-from bitnet_train.planning.machine_memory import available_memory
+from bitnet_train.planning.machine_memory import ResidentMemory, available_memory, give_back_free_memory
 from bitnet_train.planning.memory import training_memory
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.config import RunConfig, step_sequences
@@ -73,33 +70,20 @@ class GpuMemory:
         return torch.cuda.max_memory_allocated() - self._held
 
 
-class ResidentMemory:
-    """The kernel's high-water mark of this process's resident memory.
-
-    Linux: proc_pid_status(5) and proc_pid_clear_refs(5). Raises OSError where the mark cannot be reset.
-    """
+class ProcessMemory:
+    """The high-water mark of this process's resident memory. Raises OSError where there is none."""
 
     how = "measured as resident memory"
 
     def __init__(self, available: int) -> None:
         self.available = available
-        self._reset()
-        self._held = self._read("VmRSS:")
+        self._memory = ResidentMemory()
+        self._held = self._memory.now()
 
     def growth(self, run: Callable[[], None]) -> int:
-        self._reset()
+        self._memory.reset_peak()
         run()
-        return max(0, self._read("VmHWM:") - self._held)
-
-    def _reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def _read(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        found = next((line for line in lines if line.startswith(name)), None)
-        if found is None:
-            raise OSError(f"/proc/self/status has no {name}")
-        return 1024 * int(found.split()[1])
+        return max(0, self._memory.peak() - self._held)
 
 
 @dataclass(frozen=True)
@@ -261,7 +245,7 @@ def _meter(device: str) -> Meter | None:
     if device == "cuda":
         return GpuMemory()
     try:
-        return ResidentMemory(_available())
+        return ProcessMemory(_available())
     except OSError:
         return None
 
@@ -301,10 +285,7 @@ def _surely(cfg: RunConfig, precision: str) -> int:
 
 def _free(device: str) -> None:
     """Give back what nothing refers to any more, to the system too."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed blocks of up to 32 MB
-    if trim is not None:
-        trim(0)
+    give_back_free_memory()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

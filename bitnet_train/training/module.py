@@ -7,14 +7,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from bitnet_train.data.windows import document_numbers
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.losses import build_loss
-from bitnet_train.training.optimizers import build_optimizer, set_rates
-from bitnet_train.training.schedules import learning_rate, weight_decay
+from bitnet_train.training.optimizers import build_optimizer
+from bitnet_train.training.step import next_token_loss, set_step_rates
 
 
 class PretrainingModule(L.LightningModule):
@@ -38,9 +37,7 @@ class PretrainingModule(L.LightningModule):
         self._compute: Callable[[Tensor], Tensor] = torch.compile(self._batch_loss) if compiled else self._batch_loss
 
     def _batch_loss(self, ids: Tensor) -> Tensor:
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        documents = None if self.bos_id is None else document_numbers(inputs, self.bos_id)
-        return self.loss(self.decoder.hidden_states(inputs, documents), self.decoder.head_weight, targets)
+        return next_token_loss(self.decoder, self.loss, ids, self.bos_id)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._compute(batch)
@@ -79,11 +76,7 @@ class PretrainingModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""
-        cfg, step = self.cfg, self.global_step
-        total = cfg.trainer.max_steps
-        lr = learning_rate(cfg.schedule, cfg.optimizer.lr, step, total)
-        decay = weight_decay(cfg.schedule, cfg.weight_decay_schedule, cfg.optimizer.weight_decay, step, total)
-        set_rates(getattr(optimizer, "optimizer", optimizer), lr, decay)
+        set_step_rates(getattr(optimizer, "optimizer", optimizer), self.cfg, self.global_step)
         self.clip_result = self.clip_rule.clip(self.decoder.parameters())
         self.step_loss = torch.stack(self._losses).mean()
         self._losses = []

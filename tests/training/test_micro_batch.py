@@ -20,7 +20,7 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training import micro_batch
 from bitnet_train.training.config import RunConfig, TrainerConfig, batch_plan
 from bitnet_train.training.device import Choices
-from bitnet_train.training.micro_batch import GpuMemory, MicroBatch, ResidentMemory, find_micro_batch, optimizer_bytes
+from bitnet_train.training.micro_batch import GpuMemory, MicroBatch, ProcessMemory, find_micro_batch, optimizer_bytes
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.optimizers import build_optimizer
 from tests.composing import compose_config
@@ -183,7 +183,7 @@ def test_optimizer_state_is_known_before_it_exists() -> None:
 
 
 def test_resident_memory_sees_the_peak_that_is_gone() -> None:
-    meter = ResidentMemory(10**9)
+    meter = ProcessMemory(10**9)
     big, small = 200 * 2**20, 50 * 2**20
     for size in (big, small):
         grown = meter.growth(lambda size=size: torch.ones(size, dtype=torch.uint8).max())
@@ -199,11 +199,11 @@ def test_gpu_memory_sees_the_peak_that_is_gone() -> None:
 
 
 def test_where_nothing_can_be_measured_the_estimate_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(available: int) -> ResidentMemory:
+    def refuse(available: int) -> ProcessMemory:
         raise PermissionError(13, "Permission denied")
 
     decoder = new_decoder()
-    monkeypatch.setattr(micro_batch, "ResidentMemory", refuse)
+    monkeypatch.setattr(micro_batch, "ProcessMemory", refuse)
 
     def find(free: int) -> MicroBatch:
         monkeypatch.setattr(micro_batch, "available_memory", lambda: free)
