@@ -9,11 +9,13 @@ from bitnet_train.nn.attention import BLOCK_QUERIES, _causal_blocks, attention
 
 
 @pytest.mark.parametrize("tokens", [1, 2, BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1, 3 * BLOCK_QUERIES + 5])
-def test_blocks_equal_pytorchs_attention_and_its_gradients(tokens: int) -> None:
-    leaves = [torch.randn(2, 3, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    grad = torch.randn(2, 3, tokens, 8, dtype=torch.float64)
+@pytest.mark.parametrize("kv_heads", [6, 3, 1])
+def test_blocks_equal_pytorchs_attention_and_its_gradients(tokens: int, kv_heads: int) -> None:
+    heads = (6, kv_heads, kv_heads)
+    leaves = [torch.randn(2, h, tokens, 8, dtype=torch.float64, requires_grad=True) for h in heads]
+    grad = torch.randn(2, 6, tokens, 8, dtype=torch.float64)
     got = _causal_blocks(*leaves)
-    wanted = F.scaled_dot_product_attention(*leaves, is_causal=True)
+    wanted = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)  # the softmax is in float32
     for ours, theirs in zip(
         torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
