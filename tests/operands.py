@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5
-# Tokens, inputs, outputs: ones, primes, and sizes that no tile divides.
+# Tokens, inputs, outputs: ones, primes, sizes that no tile divides, few tokens with many outputs, and the reverse.
 ODD_SHAPES = [
     (1, 1, 1),
     (1, 3, 17),
@@ -15,6 +15,8 @@ ODD_SHAPES = [
     (32, 64, 48),
     (5, 257, 31),
     (33, 130, 127),
+    (7, 64, 700),
+    (200, 12, 66),
 ]
 
 

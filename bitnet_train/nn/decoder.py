@@ -83,6 +83,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
             k, v = k.to(q.dtype), v.to(q.dtype)
+        if torch.is_grad_enabled():
+            # What is kept for the backward pass would otherwise be a view, and keep the whole stacked q/k/v product.
+            v = v.clone(memory_format=torch.contiguous_format)
         causal = place.mask is None and (cache is None or cache.length == 0)
         y = attention(q, k, v, place.mask, causal)
         (out,), _ = self.out(y.transpose(1, 2).reshape(batch, tokens, -1))

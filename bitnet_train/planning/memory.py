@@ -18,7 +18,7 @@ quantised inputs       int8 codes, and 8 per token for scale and 1/rms: for q, k
                        the down projection computes its own again
 norm inputs            the residual before attention and FFN (r); before a float down projection the gated state too (c)
 float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
-attention              rotated q and k, the v that lies inside the stacked q/k/v product, the output (all c), 4 per head
+attention              rotated q and k, a copy of v, the output (all c), 4 per head
 FFN                    the stacked gate/up product (c); before a float down projection also activation and square
 head and loss          final state and normed state (float32), the loss's gradients of it (c) and of the head (4)
 loss chunk             the head's copy (c), and of one chunk of tokens the logits (c), float32 logits and their gradient
@@ -128,9 +128,8 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
             [quants[n] for n in names], width, size, normed, kept, compute, fused_gate and names == (down,)
         ).items():
             parts[part] += extra
-    # What the stacked product of several layers is kept by: v for attention, up (and gate under silu) for the FFN.
-    values = _stack(quants, outs, v, (q, k, v))
-    parts["attention"] = compute * (outs[q] + outs[k] + values + cfg.hidden) + FLOAT32 * cfg.heads
+    parts["attention"] = compute * (outs[q] + outs[k] + outs[v] + cfg.hidden) + FLOAT32 * cfg.heads
+    # up (and gate under silu) keep the whole stacked product of the layers.
     inner = _stack(quants, outs, up, (gate, up))
     if not fused_gate:
         # The activation's result, and relu's that is squared.

@@ -205,6 +205,17 @@ def test_low_precision_gradients_are_the_references(
             assert torch.allclose(got.float(), wanted.float(), rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("rows", [(50,), (7, 41, 20)])
+def test_int8_weight_gradients_of_many_tokens_are_the_references(backend: Backend, rows: tuple[int, ...]) -> None:
+    # So many that a backend goes through the outputs in several groups.
+    tokens = 70_001
+    x = quantise_tokens(torch.randn(tokens, 5))
+    grads = [torch.randn(tokens, r).bfloat16() for r in rows]
+    got, wanted = (b.grad_weight(grads, x, "int8") for b in (backend, BACKENDS["reference"]))
+    assert [part.shape for part in got] == [(r, 5) for r in rows]
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("policy", ["bf16", "int8", "fp8"])
 def test_a_bad_gradient_shows(backend: Backend, policy: str) -> None:
     grad = torch.randn(140, 6)

@@ -23,8 +23,6 @@ from bitnet_train.quant.weights import SCALE_FLOOR, Codes
 
 # The types that the kernels read and write, as their enum Type numbers them.
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-# Quantised gradients are scattered through 32-bit offsets of four codes each.
-LARGEST_SCATTERED = 2**32
 
 
 class Avx512Backend(CpuBackend):
@@ -75,8 +73,7 @@ class Avx512Backend(CpuBackend):
         return grad_x
 
     def grad_weight(self, grads: Sequence[Tensor], x: TokenCodes, dw: str) -> list[Tensor]:
-        total = sum(grad.numel() for grad in grads)
-        if dw != "int8" or grads[0].dtype not in TYPES or total >= LARGEST_SCATTERED:
+        if dw != "int8" or grads[0].dtype not in TYPES:
             return super().grad_weight(grads, x, dw)
         grad_w: Tensor = torch.ops.bitnet_train.avx512_grad_weight(list(grads), x.codes, x.scale)
         return list(torch.split(grad_w, [grad.shape[1] for grad in grads]))
@@ -173,11 +170,9 @@ def _grad_input_fake(grads: list[Tensor], codes_w: Tensor, row_scale: Tensor, ou
 def _grad_input(grads: list[Tensor], codes_w: Tensor, row_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     out = _grad_input_fake(grads, codes_w, row_scale, out_dtype)
     codes_w, transposed = _rows_or_columns(codes_w)
-    m, n = grads[0].shape[0], codes_w.shape[1 if transposed else 0]
-    codes, scale = torch.empty(m, n, dtype=torch.int8), torch.empty(m)
-    parts = _Parts(grads)
-    _call("quantise_gradient_rows", parts, grads[0].dtype, row_scale.contiguous(), codes, scale, m)
-    _call("int8_matmul", codes, codes_w, transposed, scale, None, None, out, out_dtype, *out.shape, n)
+    n = codes_w.shape[1 if transposed else 0]
+    by = row_scale.contiguous()
+    _call("gradient_matmul", _Parts(grads), grads[0].dtype, by, codes_w, transposed, out, out_dtype, *out.shape, n)
     return out
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("quantise.cpp", "matmul.cpp")
-HEADERS = ("common.h",)
+SOURCES = ("quantise.cpp", "matmul.cpp", "weight_gradient.cpp")
+HEADERS = ("common.h", "rows.h", "panels.h")
 CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 OPTIONS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp",

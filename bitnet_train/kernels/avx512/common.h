@@ -70,4 +70,6 @@ inline float as_float(int32_t bits) {
 // round(x) half to even in each lane, as int32 of int8 range.
 inline __m512i nearest(__m512 x) { return _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-inline void store_codes(int8_t* to, __mmask16 mask, __m512i codes) { _mm_mask_storeu_epi8(to, mask, _mm512_cvtsepi32_epi8(codes)); }
+inline void store_codes(int8_t* to, __mmask16 mask, __m512i codes) {
+    _mm_mask_storeu_epi8(to, mask, _mm512_cvtsepi32_epi8(codes));
+}

@@ -1,30 +1,5 @@
-// Quantisers: tokens (with residual and RMSNorm), gradients by row, master weights.
-#include "common.h"
-
-namespace {
-
-// scale and multiplier of one row from the bits of its largest magnitude; multiplier 0 and scale NaN if not finite.
-// PyTorch computes 127.0 / m as (1 / m) * 127, with two roundings, and so must everything that wants the same codes.
-struct RowScale {
-    float multiplier, scale;
-};
-RowScale row_scale(int32_t bits, float floor) {
-    float m = as_float(bits);
-    if (!std::isfinite(m)) return {0.0f, std::numeric_limits<float>::quiet_NaN()};
-    m = std::max(m, floor);
-    return {(1.0f / m) * 127.0f, m / 127.0f};
-}
-
-void write_codes(const float* row, int64_t n, float multiplier, int8_t* codes) {
-    const __m512 by = _mm512_set1_ps(multiplier);
-    for (int64_t k = 0; k < n; k += 16) {
-        __mmask16 mask = first_lanes(n - k);
-        __m512i code = nearest(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + k), by));
-        store_codes(codes + k, mask, code);
-    }
-}
-
-}  // namespace
+// Quantisers: tokens (with residual and RMSNorm), master weights.
+#include "rows.h"
 
 extern "C" {
 
@@ -69,32 +44,6 @@ void quantise_tokens(const void* x, int x_type, const void* delta, int delta_typ
             RowScale s = row_scale(_mm512_reduce_max_epi32(largest), 1e-5f);
             scale[i] = s.scale;
             write_codes(row, k, s.multiplier, codes + i * k);
-        }
-    }
-}
-
-// grad (m, n) * by (n) -> codes (m, n), scale (m); grad lies in parts (m, widths[p]) side by side.
-void quantise_gradient_rows(const void* const* parts, const int64_t* widths, int count, int type, const float* by,
-                            int8_t* codes, float* scale, int64_t m, int threads) {
-    int64_t n = 0;
-    for (int p = 0; p < count; p++) n += widths[p];
-#pragma omp parallel num_threads(threads)
-    {
-        float* row = (float*)scratch<0>(sizeof(float) * n);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < m; i++) {
-            __m512i largest = _mm512_setzero_si512();
-            for (int64_t p = 0, first = 0; p < count; first += widths[p++])
-                for (int64_t j = 0; j < widths[p]; j += 16) {
-                    __mmask16 mask = first_lanes(widths[p] - j);
-                    __m512 v = load16(parts[p], i * widths[p] + j, type, mask);
-                    v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, by + first + j));
-                    _mm512_mask_storeu_ps(row + first + j, mask, v);
-                    largest = max_bits(largest, v);
-                }
-            RowScale s = row_scale(_mm512_reduce_max_epi32(largest), 1e-30f);
-            scale[i] = s.scale;
-            write_codes(row, n, s.multiplier, codes + i * n);
         }
     }
 }
