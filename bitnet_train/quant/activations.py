@@ -47,4 +47,9 @@ def quantise_tokens(x: Tensor) -> TokenCodes:
     finite = torch.isfinite(absmax)
     clamped = torch.where(finite, absmax, torch.ones_like(absmax)).clamp(min=ABSMAX_FLOOR)
     codes = torch.round(x * (127.0 / clamped)).clamp(-128, 127).to(torch.int8)
-    return TokenCodes(codes, torch.where(finite, clamped / 127.0, torch.full_like(clamped, torch.nan)))
+    return TokenCodes(codes, torch.where(finite, divided(clamped, 127.0), torch.full_like(clamped, torch.nan)))
+
+
+def divided(x: Tensor, divisor: float) -> Tensor:
+    """``x / divisor``, correctly rounded on every device: CUDA multiplies by the reciprocal of a Python number."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)

@@ -13,7 +13,7 @@ what makes them cheap here.
 import torch
 from torch import Tensor
 
-from bitnet_train.quant.activations import TokenCodes
+from bitnet_train.quant.activations import TokenCodes, divided
 
 # Gradients are many orders of magnitude below activations, so the floor only keeps 127 / m finite.
 GRADIENT_FLOOR = 1e-30
@@ -41,7 +41,7 @@ def quantise_gradient_rows(grad: Tensor, row_scale: Tensor, dtype: torch.dtype =
     largest = 127.0 if dtype is torch.int8 else FP8_LARGEST
     scaled = torch.where(finite, g * (largest / absmax), 0.0)
     codes = torch.round(scaled).to(torch.int8) if dtype is torch.int8 else scaled.to(dtype)
-    return TokenCodes(codes, torch.where(finite, absmax / largest, torch.nan))
+    return TokenCodes(codes, torch.where(finite, divided(absmax, largest), torch.nan))
 
 
 def quantise_gradient_blocks(grad: Tensor, scale_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def quantise_gradient_blocks(grad: Tensor, scale_x: Tensor) -> tuple[Tensor, Ten
     for block in torch.split(grad.float() * scale_x, BLOCK_TOKENS):
         absmax, finite = _absmax(block, 0)
         codes.append(torch.round(torch.where(finite, block * (127.0 / absmax), 0.0)).to(torch.int8))
-        scales.append(torch.where(finite, absmax / 127.0, torch.nan))
+        scales.append(torch.where(finite, divided(absmax, 127.0), torch.nan))
     return torch.cat(codes), torch.cat(scales)
 
 

@@ -25,8 +25,8 @@ OPTIONS = (
 @functools.cache
 def load() -> "ctypes.CDLL | str":
     """The kernels as a C library, or one clause that says why this machine cannot have them."""
-    if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
-        return f"it needs x86-64 Linux or macOS, not {platform.machine()} on {platform.system()}"
+    if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
+        return f"it needs x86-64 Linux, not {platform.machine()} on {platform.system()}"
     missing = [flag for flag in CPU_FLAGS if flag not in _cpu_flags()]
     if missing:
         return f"this CPU lacks {', '.join(missing)}"
