@@ -12,7 +12,7 @@ from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
-from bitnet_train.export.verify import documents
+from bitnet_train.export.held_out import documents
 
 # Tokens per forward.
 BATCH_TOKENS = 8192

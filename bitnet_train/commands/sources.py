@@ -12,9 +12,9 @@ from bitnet_train.data.shards import MANIFEST, TokenArray, load_manifest, verify
 from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import CanonicalCheckpoint, open_checkpoint
-from bitnet_train.export.huggingface import STEP_KEY
-from bitnet_train.export.huggingface_reader import export_metadata, is_export, load_export
-from bitnet_train.export.verify import HeldOut
+from bitnet_train.export.folder import read_step
+from bitnet_train.export.held_out import HeldOut
+from bitnet_train.export.writers import is_export, load_any_export
 from bitnet_train.kernels.backend import Backend, choose_backend
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.quant.spec import build_spec
@@ -59,13 +59,10 @@ class OpenedRun:
 
         Raises ConfigError when the run no longer keeps that step.
         """
-        try:
-            step = export_metadata(export).get(STEP_KEY, "")
-        except ConfigError:
-            step = ""  # The consumer will say what is wrong with the file.
-        if not step.isdigit() or int(step) == self.canonical.step:
+        step = read_step(export)
+        if step is None or step == self.canonical.step:
             return self.canonical
-        path = self.folder.checkpoints / f"step-{int(step):08d}.ckpt"
+        path = self.folder.checkpoints / f"step-{step:08d}.ckpt"
         if not path.is_file():
             raise ConfigError(
                 f"{export} was made from step {step}, whose checkpoint {self.folder.path} no longer keeps "
@@ -105,10 +102,12 @@ def load_model(cfg: Config) -> LoadedModel:
     folder = Path(cfg.run)
     device, backend = place(cfg)
     if is_export(folder):
-        decoder, tokenizer = load_export(folder, device, backend)
+        decoder, tokenizer = load_any_export(folder, device, backend)
         return LoadedModel(decoder, tokenizer, f"export {folder}", None)
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"run={cfg.run} is neither a run (no config.yaml) nor an export (no config.json).")
+        raise ConfigError(
+            f"run={cfg.run} is neither a run (no config.yaml) nor an export (no config.json, no GGUF file)."
+        )
     run = open_run(cfg)
     description = f"run {folder}, step {run.canonical.step}"
     return LoadedModel(run.canonical.decoder(device, backend), run.tokenizer, description, run)

@@ -4,7 +4,7 @@ Every writer starts from it. The training checkpoint is memory-mapped and a laye
 so that a model of any size passes through in the memory of its largest tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,18 @@ class CanonicalCheckpoint:
         return codes
 
     def tensor(self, name: str) -> Tensor:
-        """An unquantised parameter in float32. Raises ConfigError when it is not finite."""
+        """A parameter as trained, in float32, master weights too. Raises ConfigError when it is not finite."""
         tensor = self._masters[name].detach().float()
         if not bool(torch.isfinite(tensor).all()):
             raise ConfigError(f"{self.origin}: {name} is not finite; export an older checkpoint.")
         return tensor
+
+    def with_float_activations(self) -> "CanonicalCheckpoint":
+        """The same weights in layers that take their inputs as they are: what dense weights compute."""
+        as_float = lambda layer: replace(layer, activation_bits=None)  # noqa: E731
+        overrides = tuple((pattern, as_float(layer)) for pattern, layer in self.spec.overrides)
+        spec = replace(self.spec, default=as_float(self.spec.default), overrides=overrides)
+        return CanonicalCheckpoint(self.cfg, spec, self._masters, self.step, self.origin, self.fingerprint)
 
     def __iter__(self) -> Iterator[tuple[str, Codes | Tensor]]:
         """(layer name, Codes) and (parameter name, tensor) in the order of ``nn.layout.parameter_table``."""
@@ -93,17 +100,20 @@ class CanonicalCheckpoint:
         self,
         device: torch.device | str = "cpu",
         backend: Backend | None = None,
+        *,
         number_type: torch.dtype = torch.float32,
+        scale_of: Callable[[Tensor], Tensor] | None = None,
     ) -> Decoder:
         """A float32 Decoder of the run, residual stream included, in eval mode; it has codes but no master weights.
 
-        ``number_type`` rounds scales and unquantised tensors as an export in that type does.
+        ``number_type`` rounds unquantised tensors as an export in that type does, ``scale_of`` the scales.
         """
         codes: dict[str, Codes] = {}
         tensors: dict[str, Tensor] = {}
         for name, value in self:
             if isinstance(value, Codes):
-                codes[name] = Codes(value.codes.to(device), value.scale.to(number_type).float().to(device))
+                scale = value.scale if scale_of is None else scale_of(value.scale)
+                codes[name] = Codes(value.codes.to(device), scale.to(device))
             else:
                 # A copy: the mapping of the checkpoint is read-only and must not stay open.
                 tensors[name] = value.to(number_type).to(device, torch.float32, copy=True)

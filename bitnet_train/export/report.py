@@ -1,6 +1,7 @@
 """The outcome of a verification: one row per check, as a table on the terminal and as verification.json."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ class VerificationReport:
     def add(self, name: str, measured: str, tolerance: str, passed: bool) -> None:
         """Append a row."""
         self.checks.append(Check(name, measured, tolerance, passed))
+
+    def guarded(self, name: str, check: Callable[[], None]) -> None:
+        """Run ``check``; what it raises is a failed row called ``name``, for that is a consumer's verdict as well."""
+        try:
+            check()
+        except Exception as error:
+            text = " ".join(str(error).split()) or "no message"
+            shortened = f"{text[:240]}{'...' if len(text) > 240 else ''}"
+            self.add(name, f"{type(error).__name__}: {shortened}", "no error", False)
 
     def save(self, folder: Path) -> None:
         """Write verification.json into ``folder``."""

@@ -1,34 +1,88 @@
 """Which models a format can hold, answered from the configuration before anything is trained."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.gguf.plan import Container, gguf_obstacle
 from bitnet_train.nn.config import DecoderConfig
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
 
+Rule = Callable[[DecoderConfig, QuantSpec, ExportConfig], str | None]
 
-def hf_packed_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
-    """Why transformers' packed ``autobitlinear`` format cannot hold the model, or None when it can."""
+
+def hf_packed_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
+    """Why transformers' packed format cannot hold the model, or None when it can."""
+    shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
+    for name in quantised_layers(cfg, spec):
+        if shapes[name][0] % CODES_PER_BYTE:
+            return f"it packs {CODES_PER_BYTE} output rows into a byte, and {name} has {shapes[name][0]}"
+    return _transformers_obstacle(cfg, spec)
+
+
+def hf_master_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
+    """Why transformers cannot ternarise the master weights as this run does, or None when it can."""
+    for name, layer in quantised_layers(cfg, spec).items():
+        if layer.scheme != "ternary" or layer.threshold != 0.5:
+            return f"its consumer ternarises at half the scale, and {name} is {layer.scheme} at {layer.threshold}"
+    return _transformers_obstacle(cfg, spec)
+
+
+def _transformers_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
     layers = quantised_layers(cfg, spec)
     if not layers:
         return "no layer is quantised"
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
-        out_features = shapes[name][0]
-        groups = layer.group_count(out_features)
+        groups = layer.group_count(shapes[name][0])
         if groups != 1:
             return f"it holds one scale per tensor, and {name} has {groups} (quant.weight.groups)"
         if layer.activation_bits != 8:
             return f"its consumer quantises activations, and the inputs of {name} are floats (quant.activation.bits)"
-        if out_features % CODES_PER_BYTE:
-            return f"it packs {CODES_PER_BYTE} output rows into a byte, and {name} has {out_features}"
     return None
 
 
+def _no_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
+    return None
+
+
+def _gguf_rule(container: Container) -> Rule:
+    return lambda cfg, spec, export: gguf_obstacle(cfg, spec, container, export)
+
+
 # Add a format: its rule here, its writer in bitnet_train.export.writers.
-FORMAT_RULES: dict[str, Callable[[DecoderConfig, QuantSpec], str | None]] = {"hf-packed": hf_packed_obstacle}
+FORMAT_RULES: dict[str, Rule] = {
+    "hf-packed": hf_packed_obstacle,
+    "hf-master": hf_master_obstacle,
+    "hf-dense": _no_obstacle,
+    "packed": _no_obstacle,
+    **{container.value: _gguf_rule(container) for container in Container},
+}
+
+TRANSFORMERS = {"transformers": "export", "accelerate": "export"}
+GGUF = {"gguf": "export"}
+# The packages that writing and verifying a format take, and the extra that brings each.
+PACKAGES: dict[str, dict[str, str]] = {
+    "hf-packed": TRANSFORMERS,
+    "hf-master": TRANSFORMERS,
+    "hf-dense": TRANSFORMERS,
+    "packed": {},
+    "gguf-tq2_0": {**GGUF, "llama_cpp": "llama-cpp"},
+    "gguf-tq1_0": {**GGUF, "llama_cpp": "llama-cpp"},
+    "gguf-i2_s": GGUF,
+}
+
+
+def missing_packages(name: str) -> str | None:
+    """The clause about packages that format ``name`` needs and this environment lacks, or None."""
+    missing = {package: extra for package, extra in PACKAGES[name].items() if find_spec(package) is None}
+    if not missing:
+        return None
+    packages = " and ".join(package.replace("_", "-") for package in missing)
+    extras = ",".join(sorted(set(missing.values())))
+    return f'it is verified with {packages}, not installed here: pip install "bitnet-train[{extras}]"'
 
 
 def check_formats(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) -> None:
@@ -39,17 +93,25 @@ def check_formats(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) -> N
         if name not in FORMAT_RULES:
             near = did_you_mean(name, FORMAT_RULES)
             raise ConfigError(f"export.formats: '{name}' does not exist; choose from {', '.join(FORMAT_RULES)}.{near}")
-        obstacle = FORMAT_RULES[name](model, spec)
+        obstacle = FORMAT_RULES[name](model, spec, cfg)
         if obstacle:
-            others = [n for n, rule in FORMAT_RULES.items() if rule(model, spec) is None]
-            would_do = f"formats that can: {', '.join(others)}" if others else "no other format can either"
-            raise ConfigError(f"export.formats: {name} cannot hold this model: {obstacle}; {would_do}.")
+            others = [n for n, rule in FORMAT_RULES.items() if rule(model, spec, cfg) is None]
+            raise ConfigError(
+                f"export.formats: {name} cannot hold this model: {obstacle}; formats that can: {', '.join(others)}."
+            )
 
 
 def fitting_formats(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) -> tuple[list[str], dict[str, str]]:
-    """The formats to write, and for those left out by ``formats=null`` the reason."""
+    """The formats to write, and for those left out by ``formats=null`` the reason.
+
+    Raises ConfigError for a named format that is unknown, cannot hold the model, or cannot be verified here.
+    """
     if cfg.formats is not None:
         check_formats(cfg, model, spec)
+        for name in cfg.formats:
+            missing = missing_packages(name)
+            if missing:
+                raise ConfigError(f"export.formats: {name}: {missing}.")
         return list(cfg.formats), {}
-    obstacles = {name: rule(model, spec) for name, rule in FORMAT_RULES.items()}
-    return [n for n, o in obstacles.items() if o is None], {n: o for n, o in obstacles.items() if o is not None}
+    reasons = {name: rule(model, spec, cfg) or missing_packages(name) for name, rule in FORMAT_RULES.items()}
+    return [n for n, r in reasons.items() if r is None], {n: r for n, r in reasons.items() if r is not None}

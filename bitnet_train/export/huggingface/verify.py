@@ -1,4 +1,4 @@
-"""Verification of an ``hf-packed`` export: the real ``transformers`` loads it and is compared with the RUN.
+"""Verification of the ``hf-*`` exports: the real ``transformers`` loads it and is compared with the RUN.
 
 Nothing here reads the export by our own understanding of it: every value is what the consumer ended up with, held
 against the run's canonical checkpoint.
@@ -9,24 +9,25 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
-from bitnet_train.evaluation.bits_per_byte import TextLoss, cut_windows, windows_loss
+from bitnet_train.evaluation.bits_per_byte import windows_loss
 from bitnet_train.export.canonical import CanonicalCheckpoint
 from bitnet_train.export.config import ExportDtype
-from bitnet_train.export.huggingface import generation_config, hf_name, model_config
-from bitnet_train.export.probes import Worst, probe
+from bitnet_train.export.held_out import HeldOut, consumer_loss, documents
+from bitnet_train.export.huggingface.model_config import generation_config, model_config
+from bitnet_train.export.huggingface.probes import Worst, probe
+from bitnet_train.export.huggingface.variant import Storage, Variant
+from bitnet_train.export.huggingface.weight_checks import check_tensors, check_weights, reference_decoder
 from bitnet_train.export.report import VerificationReport
 
 PIECE_TOLERANCE = 1e-6
@@ -35,15 +36,6 @@ FUSED_TOLERANCE = 1e-2
 PERPLEXITY_TOLERANCE = {ExportDtype.float32: 0.002, ExportDtype.bfloat16: 0.01}
 PROBE_TOKENS = 512
 SAMPLE_TOKENS = 48
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the comparison is made on: ids (n,) of the run's validation text, windows of ``window`` tokens, a prompt."""
-
-    ids: Tensor
-    window: int
-    prompt: str
 
 
 def import_transformers() -> Any:
@@ -64,6 +56,7 @@ def verify_huggingface(
     canonical: CanonicalCheckpoint,
     tokenizer: TextTokenizer,
     held_out: HeldOut,
+    storage: Storage,
 ) -> VerificationReport:
     """Load ``folder`` with transformers and compare it with the run; the report is also saved as verification.json.
 
@@ -75,11 +68,10 @@ def verify_huggingface(
         raise ConfigError(f"{folder} does not exist: export first with command=export.")
     started = time.monotonic()
     transformers = import_transformers()
-    report = VerificationReport("hf-packed", str(folder), f"transformers {transformers.__version__}", canonical.step)
+    report = VerificationReport(storage.value, str(folder), f"transformers {transformers.__version__}", canonical.step)
     # Compiling the consumer's few elementwise functions would take longer than all checks.
     with _quiet(transformers), torch.compiler.set_stance("force_eager"), torch.no_grad():
-        checks = _Checks(report, folder, canonical, tokenizer, held_out, transformers)
-        checks.run()
+        _Checks(report, folder, canonical, tokenizer, held_out, transformers, storage).run()
     report.seconds = time.monotonic() - started
     report.save(folder)
     return report
@@ -96,45 +88,48 @@ class _Checks:
         tokenizer: TextTokenizer,
         held_out: HeldOut,
         transformers: Any,
+        storage: Storage,
     ) -> None:
         self.report, self.folder, self.canonical, self.tokenizer = report, folder, canonical, tokenizer
         self.held_out, self.transformers = held_out, transformers
-        self.dtype = ExportDtype.float32
+        self.variant = Variant(storage, linear_class=None if storage is Storage.dense else "autobitlinear")
         self.model: Any = None
 
     def run(self) -> None:
         """All checks; those on the model only when it loads."""
-        self._guarded("config", self.config)
-        self._guarded("loads", self.load)
-        self._guarded("tokenizer", self.check_tokenizer)
+        self.report.guarded("config", self.config)
+        self.report.guarded("loads", self.load)
+        self.report.guarded("tokenizer", self.check_tokenizer)
         if self.model is None:
             return
-        self._guarded("generation config", self.check_generation_config)
-        self._guarded("codes and scales", self.codes)
-        self._guarded("unquantised tensors", self.tensors)
-        self._guarded("generation", self.generate)
+        self.report.guarded("generation config", self.check_generation_config)
+        weights = (self.report, self.model, self.canonical, self.variant)
+        self.report.guarded("codes and scales", lambda: check_weights(*weights))
+        self.report.guarded("unquantised tensors", lambda: check_tensors(*weights))
+        self.report.guarded("generation", self.generate)
         # Only a comparison in float32 can tell a bug from rounding. (transformers leaves the tensors of a packed model
         # in the type of the file whatever type is asked for, so a bfloat16 export is widened here.)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.float()
-        self._guarded("pieces", self.pieces)
-        self._guarded("perplexity", self.perplexity)
-
-    def _guarded(self, name: str, check: Callable[[], None]) -> None:
-        try:
-            check()
-        except Exception as error:  # whatever a consumer raises is its verdict on the export
-            self.report.add(name, _one_line(error), "no error", False)
+        for module in self.model.modules():
+            if isinstance(getattr(module, "dtype", None), torch.dtype) and hasattr(module, "weight_scale"):
+                module.dtype = torch.float32  # BitLinear unpacks its codes into this type
+        self.report.guarded("pieces", self.pieces)
+        self.report.guarded("perplexity", self.perplexity)
 
     def config(self) -> None:
         """Every field of config.json, as written and as the consumer understands it."""
         written = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if written.get("dtype") in {d.value for d in ExportDtype}:
-            self.dtype = ExportDtype(written["dtype"])
+            self.variant = replace(self.variant, dtype=ExportDtype(written["dtype"]))
+        if self.variant.storage is Storage.packed:
+            linear_class = written.get("quantization_config", {}).get("linear_class")
+            if linear_class in ("autobitlinear", "bitlinear"):
+                self.variant = replace(self.variant, linear_class=linear_class)
         understood = self.transformers.AutoConfig.from_pretrained(self.folder)
         cfg, spec = self.canonical.cfg, self.canonical.spec
-        wanted = model_config(cfg, spec, self.tokenizer.bos_id, self.tokenizer.eos_id, self.dtype)
+        wanted = model_config(cfg, spec, self.tokenizer.bos_id, self.tokenizer.eos_id, self.variant)
         seen = _leaves({key: _plain(getattr(understood, key)) for key in wanted if hasattr(understood, key)})
         leaves, found = _leaves(wanted), _leaves(written)
         for key, value in leaves.items():
@@ -166,45 +161,9 @@ class _Checks:
             found = getattr(self.model.generation_config, key, None)
             self.report.add(f"config: generation.{key}", str(found), f"= {value}", found == value)
 
-    def codes(self) -> None:
-        """Codes one by one; scales exact to the export's number type."""
-        number_type = getattr(torch, self.dtype.value)
-        differing, total, wrong_scales, rounding = 0, 0, [], 0.0
-        for layer in self.canonical.quantised:
-            wanted = self.canonical.codes(layer)
-            module = self.model.get_submodule(hf_name(layer))
-            found = module.weight.detach().cpu()
-            total += wanted.codes.numel()
-            same_shape = found.shape == wanted.codes.shape
-            differing += int((found != wanted.codes.to(found.dtype)).sum()) if same_shape else wanted.codes.numel()
-            scale = getattr(module, "weight_scale", torch.tensor([math.nan])).detach().cpu().float()
-            exact = wanted.scale.to(number_type).float()
-            rounding = max(rounding, float(((exact - wanted.scale) / wanted.scale).abs().max()))
-            if not torch.equal(scale, exact):
-                wrong_scales.append(f"{layer}: {float(scale.flatten()[0]):.6g} instead of {float(exact[0]):.6g}")
-        self.report.add("codes", f"{differing:,} of {total:,} differ", "0 differ", differing == 0)
-        count = len(self.canonical.quantised)
-        measured = f"{len(wrong_scales)} of {count} differ" + (f", {wrong_scales[0]}" if wrong_scales else "")
-        if rounding:
-            measured += f"; rounded to {self.dtype.value} by up to {rounding:.1e}"
-        self.report.add("scales", measured, f"exact to {self.dtype.value}", not wrong_scales)
-
-    def tensors(self) -> None:
-        """Every other tensor, exact to the export's number type, and nothing beside them."""
-        number_type = getattr(torch, self.dtype.value)
-        parameters = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        names = self.canonical.tensor_names
-        wrong = []
-        for name in names:
-            wanted = self.canonical.tensor(name).to(number_type).float()
-            if not torch.equal(parameters[hf_name(name)].detach().cpu().float(), wanted):
-                wrong.append(name)
-        measured = f"{len(wrong)} of {len(names)} differ" + (f", {wrong[0]}" if wrong else "")
-        self.report.add("unquantised tensors", measured, f"exact to {self.dtype.value}", not wrong)
-
     def pieces(self) -> None:
         """Every linear, norm, attention and gate fed our inputs, and the table of rotary positions."""
-        ours = self.canonical.decoder(number_type=getattr(torch, self.dtype.value))
+        ours = reference_decoder(self.model, self.canonical, self.variant)
         window = min(self.held_out.window, len(self.held_out.ids))
         ids = self.held_out.ids[: max(1, PROBE_TOKENS // window) * window]
         result = probe(ours, self.model, ids[: len(ids) // window * window].reshape(-1, window))
@@ -226,15 +185,24 @@ class _Checks:
         self.report.add(name, measured, f"{tolerance:.0e}", worst.error <= tolerance)
 
     def perplexity(self) -> None:
-        """Held-out perplexity of the whole model against that of the run, both in float32."""
-        ours = self.canonical.decoder()
-        batches = list(cut_windows(self.held_out.ids, self.held_out.window, max(1, 4096 // self.held_out.window)))
-        mine = windows_loss(ours, batches, self.tokenizer.byte_lengths()).perplexity
-        other = _consumer_loss(self.model, batches).perplexity
+        """Held-out perplexity of the whole model against that of the run, both in float32.
+
+        Dense weights know nothing of quantised activations: they are compared with the run's weights without them.
+        """
+        batches = self.held_out.batches()
+        other = consumer_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, batches).perplexity
+        mine = self._own_perplexity(self.canonical, batches)
+        beside = ""
+        if self.variant.storage is Storage.dense:
+            beside = f" (the run itself, with its 8-bit activations: {mine:.4f})"
+            mine = self._own_perplexity(self.canonical.with_float_activations(), batches)
         difference = abs(other / mine - 1)
-        allowed = PERPLEXITY_TOLERANCE[self.dtype]
-        measured = f"{difference:.3%}: {other:.4f} against {mine:.4f} on {len(self.held_out.ids) - 1:,} tokens"
+        allowed = PERPLEXITY_TOLERANCE[self.variant.dtype]
+        measured = f"{difference:.3%}: {other:.4f} against {mine:.4f} on {len(self.held_out.ids) - 1:,} tokens{beside}"
         self.report.add("held-out perplexity", measured, f"{allowed:.1%}", difference <= allowed)
+
+    def _own_perplexity(self, canonical: CanonicalCheckpoint, batches: list[torch.Tensor]) -> float:
+        return windows_loss(canonical.decoder(), batches, self.tokenizer.byte_lengths()).perplexity
 
     def check_tokenizer(self) -> None:
         """The tokenizer's definition, its ids of held-out text, and the way back."""
@@ -281,26 +249,6 @@ class _Checks:
         self.report.add("text generated", f"{len(new)} tokens", "at least 1", bool(new))
 
 
-def documents(ids: Tensor, tokenizer: TextTokenizer) -> list[str]:
-    """The texts between the bos ids of ids (n,): real held-out documents, the last one cut where the ids end."""
-    texts: list[list[int]] = [[]]
-    for index in ids.tolist():
-        if index == tokenizer.bos_id:
-            texts.append([])
-        else:
-            texts[-1].append(index)
-    return [text for part in texts if part and (text := tokenizer.decode(part))]
-
-
-def _consumer_loss(model: Any, batches: list[Tensor]) -> TextLoss:
-    nats, tokens = torch.zeros((), dtype=torch.float64), 0
-    for ids in batches:
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        nats += F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-        tokens += ids[:, 1:].numel()
-    return TextLoss(float(nats), tokens, 0)
-
-
 def _plain(value: Any) -> Any:
     """A consumer's configuration value as JSON would hold it."""
     if isinstance(value, torch.dtype):
@@ -319,11 +267,6 @@ def _leaves(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         found |= _leaves(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return found
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text[:240]}{'...' if len(text) > 240 else ''}"
 
 
 def _problems(info: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_train.export.huggingface import hf_name
+from bitnet_train.export.huggingface.model_config import hf_name
 from bitnet_train.kernels.gating import gated
 from bitnet_train.nn.bit_linear import SharedInput
 from bitnet_train.nn.decoder import Decoder

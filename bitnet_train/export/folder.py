@@ -1,0 +1,77 @@
+"""An export's folder: it appears whole or not at all, and says in ``bitnet_train.json`` what it was made from."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitnet_train.errors import ConfigError
+
+ORIGIN_FILE = "bitnet_train.json"
+# No such file of an export is longer; what is, is damaged or hostile, and is not read.
+JSON_BYTES = 16 << 20
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A context manager that gives a new empty folder and at its end puts it in the place of ``folder``.
+
+    When the body raises, ``folder`` stays as it was. Raises ConfigError when a file cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"The export {folder} cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write readable UTF-8 JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of an export. Raises ConfigError when it is missing, too long or damaged."""
+    try:
+        if path.stat().st_size > limit:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, which no such file has: it is damaged.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(unreadable(path, error)) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged (it holds no object): export again.")
+    return content
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """The sentence for a file of an export that is missing or damaged."""
+    if not path.is_file():
+        return f"{path} is missing: {path.parent} is no complete export; export again."
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{path} is damaged ({reason}): export again."
+
+
+def write_origin(folder: Path, format_name: str, step: int) -> None:
+    """Write which format and which step of the run ``folder`` holds."""
+    write_json(folder / ORIGIN_FILE, {"format": format_name, "step": step})
+
+
+def read_step(folder: Path) -> int | None:
+    """The step that :func:`write_origin` wrote, or None when it is not readable."""
+    try:
+        step = read_json(folder / ORIGIN_FILE).get("step")
+    except ConfigError:
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
