@@ -10,6 +10,8 @@ from bitnet_train.config import Config, check_continuation, to_yaml
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
+from bitnet_train.nn.config import initial_source
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.run_folder import RunFolder
 
 
@@ -24,6 +26,8 @@ def run(cfg: Config) -> int:
     if saved is not None:
         check_continuation(saved, cfg, folder.config_file)
         _check_same_fork(saved, cfg, folder)
+    # Weights that do not fit are found before anything is prepared.
+    initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
     shards, manifest = ensure_prepared(cfg, console)
 
     from bitnet_train.training.run import check_start, train
@@ -31,8 +35,13 @@ def run(cfg: Config) -> int:
     start = folder.last_checkpoint or fork
     # Before this configuration becomes the folder's.
     first = check_start(start, cfg, manifest) if start is not None else 0
+    if first == 0 and start is not None and start == fork:
+        raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
+    if first == 0 and start is not None and cfg.trainer.max_steps > 0:
+        start = None  # a run that has only saved its initial weights makes them again
+        initial = _initial_weights(cfg)
     folder.save_config(to_yaml(cfg))
-    outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, first, console)
+    outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
         console.print(f"{where}; the same command continues the run")
@@ -47,6 +56,15 @@ def run(cfg: Config) -> int:
         console.print(f"{figure} on {result.bytes:,} held-out bytes{beside}")
     console.print(f"run folder: {folder.path}; next: python -m bitnet_train command=export run={folder.path}")
     return 0
+
+
+def _initial_weights(cfg: Config) -> Any:
+    source = initial_source(cfg.init)
+    if source is None:
+        return None
+    from bitnet_train.export.initial import read_initial
+
+    return read_initial(source, cfg.model, build_spec(cfg.quant))
 
 
 def _check_same_fork(saved: dict[str, Any], cfg: Config, folder: RunFolder) -> None:

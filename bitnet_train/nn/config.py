@@ -1,6 +1,6 @@
 """The shape of the decoder and how its weights start: the ``model`` and ``init`` parts of the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import II, MISSING
@@ -100,6 +100,19 @@ class InitConfig:
     # stream at full strength from the first step, whatever the spread of o_proj and down_proj; a gain below 1 lets the
     # embedding through. (The other norms' gains start at 1.)
     sub_norm_gain: float = 1.0
+
+
+# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet or llama).
+# Its weights replace all that the other settings of init say. (`from` is a keyword in Python, so the field is added
+# here and is not an argument of the constructor.)
+InitConfig.__annotations__["from"] = str | None
+setattr(InitConfig, "from", field(default=None, init=False, repr=False, compare=False))
+dataclass(InitConfig)
+
+
+def initial_source(cfg: InitConfig) -> str | None:
+    """``init.from``."""
+    return getattr(cfg, "from")
 
 
 @dataclass

@@ -84,3 +84,38 @@ def quantise_weight(weight: Tensor, layer: LayerQuant) -> Codes:
     if not layer.quantised:
         raise ValueError("a float layer has no codes")
     return WEIGHT_QUANTISERS[layer.scheme](weight, layer, layer.group_count(weight.shape[0]))
+
+
+@torch.no_grad()
+def masters_from_codes(codes: Codes, layer: LayerQuant) -> Tensor:
+    """Master weights float32 (out, in) that :func:`quantise_weight` turns into exactly these codes and scales.
+
+    Ternary: all nonzero weights of a group get one magnitude, scale / share of nonzeros, whose mean is the scale; some
+    of them the next larger float32, so that the mean rounds to the scale itself. Binary: the scale. A group without any
+    nonzero code becomes zero, whatever its scale was, which nothing depends on. Raises ValueError when the quantiser of
+    ``layer`` does not give the codes back (a binary layer of equal signs, a threshold above one).
+    """
+    groups = len(codes.scale)
+    signs = codes.codes.reshape(groups, -1).float()
+    masters = torch.empty_like(signs)
+    for group in range(groups):
+        nonzero = signs[group].nonzero().flatten()
+        scale = float(codes.scale[group])
+        if not len(nonzero):
+            masters[group] = 0.0
+            continue
+        total = scale * signs.shape[1]
+        magnitude = torch.tensor(total / len(nonzero), dtype=torch.float32)
+        if float(magnitude) * len(nonzero) > total:
+            magnitude = torch.nextafter(magnitude, torch.tensor(0.0))
+        above = torch.nextafter(magnitude, torch.tensor(torch.inf))
+        raised = round((total - float(magnitude) * len(nonzero)) / float(above - magnitude))
+        masters[group] = signs[group] * magnitude
+        masters[group, nonzero[:raised]] = signs[group, nonzero[:raised]] * above
+    masters = masters.reshape(codes.codes.shape)
+    again = quantise_weight(masters, layer)
+    if not torch.equal(again.codes, codes.codes) or not bool(
+        ((again.scale == codes.scale) | ~codes.codes.reshape(groups, -1).any(1)).all()
+    ):
+        raise ValueError("these codes are none that the layer's quantiser makes")
+    return masters

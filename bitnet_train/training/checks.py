@@ -1,6 +1,7 @@
 """Rules that the training settings must keep. No torch here, so that a mistake is answered at once."""
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.nn.config import initial_source
 from bitnet_train.training.config import (
     PRECISIONS,
     AdamWConfig,
@@ -20,6 +21,8 @@ def check_training(cfg: RunConfig) -> None:
     check_trainer(cfg)
     check_optimizer(cfg.optimizer)
     check_clip(cfg.clip)
+    if cfg.trainer.max_steps == 0:
+        return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)
     check_schedule(cfg.weight_decay_schedule, cfg.trainer.max_steps, "weight_decay_schedule")
 
@@ -27,7 +30,13 @@ def check_training(cfg: RunConfig) -> None:
 def check_trainer(cfg: RunConfig) -> None:
     """Raises ConfigError when the trainer, checkpoint or sample settings are out of range."""
     trainer = cfg.trainer
-    for name in ("max_steps", "batch_tokens", "validate_every", "log_every"):
+    source = initial_source(cfg.init)
+    if trainer.max_steps < (0 if source is not None else 1):
+        raise ConfigError(
+            f"trainer.max_steps is {trainer.max_steps}; it must be at least 1 (or 0 with init.from=, which saves those "
+            "weights as a run)."
+        )
+    for name in ("batch_tokens", "validate_every", "log_every"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name} is {getattr(trainer, name)}; it must be at least 1.")
     if trainer.precision not in PRECISIONS:

@@ -17,13 +17,15 @@ from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import TextLoss
+from bitnet_train.export.initial import InitialWeights, check_same_tokenizer, fill_weights
 from bitnet_train.kernels.backend import choose_backend
 from bitnet_train.nn.audit import audit
+from bitnet_train.nn.config import initial_source
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.nn.layout import parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.callbacks.checkpoint import Checkpoints
+from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
 from bitnet_train.training.callbacks.samples import Samples, cut_samples
@@ -87,10 +89,11 @@ def train(
     manifest: Manifest,
     start: Path | None,
     first: int,
+    initial: InitialWeights | None,
     console: Console,
 ) -> TrainingOutcome:
     """Train ``cfg`` in ``folder`` on prepared ``shards``, from checkpoint ``start`` (of step ``first``, by
-    :func:`check_start`) or from new weights.
+    :func:`check_start`), from the weights of ``init.from``, or from new ones.
 
     Steps already done are not done again: metrics and samples past the checkpoint are cut, and the run goes on
     bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
@@ -99,13 +102,17 @@ def train(
     checked = verify_shards(shards, manifest, cfg.data.verify)
     tokens = manifest.splits["train"]["tokens"]
     console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
-    if first >= cfg.trainer.max_steps:
+    if first >= cfg.trainer.max_steps and (first or start is not None):
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)
 
     choices = choose(cfg)
     kernels = choose_backend(choices.device, cfg.kernels.backend)
     decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
+    if initial is not None:
+        check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, load_tokenizer(shards))
+        fill_weights(decoder, initial.masters)
+        console.print(f"init: {initial.description}", markup=False)
     counts = audit(decoder)
     console.print(f"model: {counts.sentence()}")
     for line in (*choices.sentences(), f"kernels: {kernels.backend.name} ({kernels.reason})"):
@@ -122,6 +129,10 @@ def train(
 
     tokenizer = load_tokenizer(shards)
     tokenizer.save(folder.tokenizer)  # The run outlives its shards.
+    if cfg.trainer.max_steps == 0:
+        save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
+        folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
+        return TrainingOutcome(0, None, 0)
     # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in whatever
     # order its threads arrive in; PyTorch's deterministic mode does not. (Filling fresh memory is for debugging.)
     deterministic = choices.device == "cpu"

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.run_folder import LAST
@@ -62,6 +63,18 @@ class Checkpoints(StepCallback):
     def _prune(self, keep: int) -> None:
         for old in sorted(self.folder.glob("step-*.ckpt"))[:-keep]:
             old.unlink()
+
+
+def save_untrained(folder: Path, decoder: Decoder, fingerprint: str) -> None:
+    """Save a decoder before its first step as ``step-00000000.ckpt``, to be exported; a run starts anew from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "step-00000000.ckpt"
+    partial = path.with_suffix(".partial")
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 0, "ShardDataModule": {"fingerprint": fingerprint}}, partial)
+    _sync(partial)
+    partial.replace(path)
+    point_last_to(path)
 
 
 def point_last_to(path: Path) -> None:

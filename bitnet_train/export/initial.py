@@ -1,0 +1,141 @@
+"""The weights that a run starts from: those of another run, of an export, or of a checkpoint of ``transformers``."""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
+from bitnet_train.errors import ConfigError
+from bitnet_train.export.canonical import open_checkpoint
+from bitnet_train.export.gguf.reader import gguf_path, read_gguf
+from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
+from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
+from bitnet_train.export.packed.reader import is_packed, read_packed
+from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.layout import parameter_table, quantised_layers
+from bitnet_train.quant.spec import QuantSpec
+from bitnet_train.quant.weights import Codes, masters_from_codes
+
+# How a decoder runs, not what its weights are.
+FREE_FIELDS = {"context", "residual_dtype"}
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Every parameter of a decoder by its name, the tokenizer that they were trained with, and what they are."""
+
+    masters: dict[str, Tensor]
+    tokenizer: TextTokenizer
+    description: str
+
+
+def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWeights:
+    """The weights of ``init.from=source``: ``RUN`` or ``RUN@STEP``, or the folder of an export or of a checkpoint.
+
+    Packed codes become master weights that ternarise to these codes and scales. Raises ConfigError when the source is
+    missing, damaged, or of another shape than ``cfg``.
+    """
+    name, _, step = source.partition("@")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"init.from={source} does not exist: give the folder of a run, an export or a checkpoint.")
+    if (folder / "config.yaml").is_file():
+        return _from_run(folder, step, cfg, spec, source)
+    if step:
+        raise ConfigError(f"init.from={source}: only a run has steps to choose from.")
+    path = gguf_path(folder)
+    if path is not None:
+        model = read_gguf(path)
+        _check_shape(source, model.cfg, cfg)
+        masters = _masters(source, model.codes, model.tensors, cfg, spec)
+        return InitialWeights(masters, tokenizer_from_metadata(model.metadata), f"codes of {path}")
+    if is_packed(folder):
+        packed = read_packed(folder)
+        _check_shape(source, packed.cfg, cfg)
+        masters = _masters(source, packed.codes, packed.tensors, cfg, spec)
+        return InitialWeights(masters, load_tokenizer(folder), f"codes of {folder}")
+    imported = read_model(folder)
+    _check_shape(source, imported.cfg, cfg)
+    masters = _masters(source, imported.codes, imported.tensors, cfg, spec)
+    what = {"hf-packed": "codes", "hf-master": "master weights", "hf-dense": "weights"}[imported.storage.value]
+    return InitialWeights(masters, read_tokenizer(folder), f"{what} of {folder}")
+
+
+def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer) -> None:
+    """Raises ConfigError when token ids mean something else in the run than in the weights it starts from."""
+    same = theirs.tokenizer.get_vocab() == ours.tokenizer.get_vocab()
+    if not same or (theirs.bos_id, theirs.eos_id) != (ours.bos_id, ours.eos_id):
+        bos, eos = (theirs.tokenizer.id_to_token(index) for index in (theirs.bos_id, theirs.eos_id))
+        raise ConfigError(
+            f"init.from={source} was trained with another tokenizer: use its own, with data/tokenizer=pretrained "
+            f"data.tokenizer.source=FOLDER (one with its tokenizer.json) data.tokenizer.bos='{bos}' "
+            f"data.tokenizer.eos='{eos}' data.tokenizer.vocab_size={theirs.vocab_size}."
+        )
+
+
+def _from_run(folder: Path, step: str, cfg: DecoderConfig, spec: QuantSpec, source: str) -> InitialWeights:
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+        found = {field.name: saved[field.name] for field in fields(DecoderConfig)}
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise ConfigError(f"init.from={source}: {folder / 'config.yaml'} is not the configuration of a run.") from None
+    _check_fields(source, found, cfg)
+    if step and not step.isdigit():
+        raise ConfigError(f"init.from={source}: the part after @ must be a step number.")
+    path = folder / "checkpoints" / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
+    canonical = open_checkpoint(path, cfg, spec)
+    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(cfg)}
+    return InitialWeights(masters, load_tokenizer(folder / "tokenizer"), f"step {canonical.step} of {folder}")
+
+
+def _masters(
+    source: str, codes: dict[str, Codes], tensors: dict[str, Tensor], cfg: DecoderConfig, spec: QuantSpec
+) -> dict[str, Tensor]:
+    quantised = quantised_layers(cfg, spec)
+    masters = {}
+    for parameter in parameter_table(cfg):
+        layer = parameter.layer_name
+        if layer not in codes:
+            masters[parameter.name] = tensors[parameter.name]
+        elif layer not in quantised:
+            masters[parameter.name] = codes[layer].dequantise()
+        else:
+            try:
+                masters[parameter.name] = masters_from_codes(codes[layer], quantised[layer])
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(f"init.from={source}: {layer}: {error}; set quant= as it was trained.") from None
+    return masters
+
+
+def _check_shape(source: str, found: DecoderConfig, cfg: DecoderConfig) -> None:
+    _check_fields(source, {f.name: _plain(getattr(found, f.name)) for f in fields(found)}, cfg)
+
+
+def _check_fields(source: str, found: dict[str, Any], cfg: DecoderConfig) -> None:
+    wrong = [
+        f"model.{field.name}={_yaml(found[field.name])}"
+        for field in fields(DecoderConfig)
+        if field.name not in FREE_FIELDS and found[field.name] != _plain(getattr(cfg, field.name))
+    ]
+    if wrong:
+        raise ConfigError(f"init.from={source} is of another model: set {' '.join(wrong)}.")
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def fill_weights(model: torch.nn.Module, masters: dict[str, Tensor]) -> None:
+    """Copy ``masters`` into the parameters of the same names. Raises KeyError when one is missing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(masters[name])
