@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig
+from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig, check_generate
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
@@ -123,10 +123,7 @@ def validate(cfg: Config) -> None:
     if set(cfg.resume) != {"from"}:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")
         raise ConfigError(f"resume.{wrong} is not a configuration key. Did you mean 'resume.from'?")
-    if cfg.generate.max_new_tokens < 1 or cfg.generate.temperature < 0 or (cfg.generate.top_k or 1) < 1:
-        raise ConfigError(
-            "generate.max_new_tokens and generate.top_k must be at least 1 and generate.temperature at least 0."
-        )
+    check_generate(cfg.generate)
     if cfg.evaluate.window is not None and not 1 <= cfg.evaluate.window <= cfg.model.context:
         raise ConfigError(
             f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}."

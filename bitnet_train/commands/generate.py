@@ -1,20 +1,43 @@
 """``command=generate``: a run or an export continues a prompt; the text appears as it is made."""
 
-from bitnet_train.commands.sources import load_model
+from pathlib import Path
+
+from bitnet_train.commands.sources import LoadedModel, load_model, read_text
 from bitnet_train.config import Config
-from bitnet_train.evaluation.generate import generate_text
+from bitnet_train.evaluation.config import GenerateConfig
+from bitnet_train.evaluation.generate import generate_text, generate_texts
+from bitnet_train.evaluation.sampling import Sampling
 
 
 def run(cfg: Config) -> int:
-    """Print ``generate.prompt`` and its continuation to standard output, and nothing else there."""
-    model = load_model(cfg)
+    """Print prompts and their continuations to standard output, and nothing else there.
+
+    One text streams; several are made as one batch and printed in order, an empty line between them.
+    """
     options = cfg.generate
-    print(options.prompt, end="", flush=True)
+    prompts = [options.prompt] * options.samples
+    if options.prompts_file is not None:
+        text = read_text(Path(options.prompts_file), "generate.prompts_file")
+        prompts = [line for line in text.splitlines() if line]
+    model = load_model(cfg)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    if len(prompts) == 1:
+        _stream(model, options, prompts[0], sampling)
+        return 0
+    texts = generate_texts(
+        model.decoder, model.tokenizer, prompts, options.max_new_tokens,
+        sampling=sampling, stop=tuple(options.stop), seed=options.seed,
+    )  # fmt: skip
+    print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+    return 0
+
+
+def _stream(model: LoadedModel, options: GenerateConfig, prompt: str, sampling: Sampling) -> None:
+    print(prompt, end="", flush=True)
     pieces = generate_text(
-        model.decoder, model.tokenizer, options.prompt, options.max_new_tokens,
-        temperature=options.temperature, top_k=options.top_k, seed=options.seed,
+        model.decoder, model.tokenizer, prompt, options.max_new_tokens,
+        sampling=sampling, stop=tuple(options.stop), seed=options.seed,
     )  # fmt: skip
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-    return 0

@@ -1,56 +1,74 @@
-"""Text generation with a KV cache."""
+"""Text generation with a KV cache: many prompts at once, or one that streams."""
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
+from bitnet_train.evaluation.sampling import Sampling, choose_tokens
+from bitnet_train.evaluation.text_stream import TextStream
+from bitnet_train.kernels.op import compute_dtype
 from bitnet_train.nn.decoder import Decoder
+from bitnet_train.nn.kv_cache import KVCache
 
-
-def choose_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> int:
-    """One id from logits (vocab,): the most likely at temperature 0, otherwise sampled, among ``top_k`` if given."""
-    logits = logits.float()
-    if temperature <= 0:
-        return int(logits.argmax())
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = torch.where(logits < logits.topk(top_k).values[-1], -torch.inf, logits)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+GREEDY = Sampling()
 
 
 @torch.inference_mode()
+def generate_steps(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yields, token by token, the next id of every prompt; None for a prompt that has ended.
+
+    Prompts of different lengths are one batch, the shorter ones padded on the left and the padding hidden. A prompt
+    ends after ``max_new_tokens``, at ``eos_id`` (which is not yielded), or when all together reach the model's context;
+    one that is longer than the context keeps its end. Sequence i draws from a generator of its own, seeded
+    ``seed + i``, so that it comes out the same whatever else is in the batch (up to rounding), and disturbs no other
+    random numbers.
+    Raises ValueError for an empty prompt.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("the prompt needs at least one token")
+    context = model.cfg.context
+    prompts = [prompt[max(0, len(prompt) - (context - 1)) :] for prompt in prompts]
+    longest = max(map(len, prompts))
+    count = min(max_new_tokens, context - longest)
+    device = model.embed_tokens.weight.device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache = model.new_cache(len(prompts), min(context, longest + max(0, count)), padding if padding.any() else None)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    alive = [True] * len(prompts)
+    for _ in range(count):
+        chosen = choose_tokens(_last_logits(model, ids, cache), sampling, generators)
+        alive = [living and token != eos_id for living, token in zip(alive, chosen, strict=True)]
+        if not any(alive):
+            return
+        yield [token if living else None for living, token in zip(alive, chosen, strict=True)]
+        ids = torch.tensor(chosen, device=device)[:, None]
+
+
 def generate_ids(
     model: Decoder,
     prompt: list[int],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
+    sampling: Sampling = GREEDY,
     eos_id: int | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yields up to ``max_new_tokens`` ids after ``prompt``, ending at ``eos_id`` or at the model's context.
-
-    A prompt longer than the context keeps its end. Sampling draws from a generator of its own, so that it disturbs
-    no other random numbers.
-    """
-    prompt = prompt[max(0, len(prompt) - (model.cfg.context - 1)) :]
-    if not prompt:
-        raise ValueError("the prompt needs at least one token")
-    generator = torch.Generator().manual_seed(seed)
-    device = model.embed_tokens.weight.device
-    cache = model.new_cache(1, min(model.cfg.context, len(prompt) + max_new_tokens))
-    ids = torch.tensor([prompt], device=device)
-    for _ in range(min(max_new_tokens, model.cfg.context - len(prompt))):
-        token = choose_token(model.forward(ids, cache=cache)[0, -1], temperature, top_k, generator)
-        if token == eos_id:
-            return
+    """Yields up to ``max_new_tokens`` ids after ``prompt``, ending at ``eos_id`` or at the model's context."""
+    for (token,) in generate_steps(model, [prompt], max_new_tokens, sampling=sampling, eos_id=eos_id, seed=seed):
+        assert token is not None
         yield token
-        ids = torch.tensor([[token]], device=device)
 
 
 def generate_text(
@@ -59,22 +77,56 @@ def generate_text(
     prompt: str,
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
+    sampling: Sampling = GREEDY,
+    stop: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields the continuation of ``prompt`` piece by piece; a piece ends where the bytes so far are characters."""
-    ids: list[int] = []
-    written = ""
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    for token in generate_ids(
-        model, prompt_ids, max_new_tokens, temperature=temperature, top_k=top_k, eos_id=tokenizer.eos_id, seed=seed
-    ):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("�") and len(text) > len(written):
-            yield text[len(written) :]
-            written = text
-    text = tokenizer.decode(ids)
-    if len(text) > len(written):
-        yield text[len(written) :]
+    """Yields the continuation of ``prompt`` piece by piece, up to the first of the strings ``stop`` (left out).
+
+    A piece ends where the bytes so far are characters and cannot be the beginning of a stop string.
+    """
+    stream = TextStream(tokenizer, stop)
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    for token in generate_ids(model, ids, max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id, seed=seed):
+        piece = stream.add(token)
+        if piece:
+            yield piece
+        if stream.stopped:
+            return
+    rest = stream.end()
+    if rest:
+        yield rest
+
+
+def generate_texts(
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    stop: tuple[str, ...] = (),
+    seed: int = 0,
+) -> list[str]:
+    """The continuations of ``prompts``, made together as one batch."""
+    streams = [TextStream(tokenizer, stop) for _ in prompts]
+    texts = [""] * len(prompts)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    steps = generate_steps(model, ids, max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id, seed=seed)
+    ended = [False] * len(prompts)
+    for tokens in steps:
+        for i, token in enumerate(tokens):
+            ended[i] = ended[i] or token is None
+            if not ended[i] and token is not None:
+                texts[i] += streams[i].add(token)
+                ended[i] = streams[i].stopped
+        if all(ended):
+            break
+    return [text + stream.end() for text, stream in zip(texts, streams, strict=True)]
+
+
+def _last_logits(model: Decoder, ids: Tensor, cache: KVCache) -> Tensor:
+    """Logits (batch, vocab) after the last of ids (batch, tokens); the head sees one token of each."""
+    states = model.hidden_states(ids, cache=cache)[:, -1]
+    weight = model.head_weight
+    return F.linear(states.to(compute_dtype(weight)), weight)

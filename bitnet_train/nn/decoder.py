@@ -48,7 +48,8 @@ class LinearFactory:
 
 
 class Place(NamedTuple):
-    """Where the tokens are: rotary tables (tokens, head_dim), and a mask where plain causal attention will not do."""
+    """Where the tokens are: rotary tables (tokens, head_dim) or, where sequences begin at different places,
+    (batch, 1, tokens, head_dim); and a mask where plain causal attention will not do."""
 
     cos: Tensor
     signed_sin: Tensor
@@ -177,9 +178,7 @@ class Decoder(nn.Module):
         start = cache.length if cache is not None else 0
         if start + tokens > self.cfg.context:
             raise ValueError(f"{start + tokens} tokens exceed model.context={self.cfg.context}")
-        mask = _attention_mask(tokens, start, documents, ids.device, cache is not None)
-        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
-        place = Place(cos, negate_first_half(sin), mask)
+        place = self._place(tokens, start, documents, cache, ids.device)
         x: Tensor = self.embed_tokens(ids).to(self.residual_dtype)
         delta: Tensor | None = None
         for i, block in enumerate(self.layers):
@@ -188,16 +187,37 @@ class Decoder(nn.Module):
             cache.length += tokens
         return self.norm(residual_sum(x, delta))
 
+    def _place(
+        self, tokens: int, start: int, documents: Tensor | None, cache: KVCache | None, device: torch.device
+    ) -> Place:
+        if cache is not None and cache.padding is not None:
+            steps = torch.arange(start, start + tokens, device=device)
+            # (batch, 1, tokens), for all heads. What is padding has no position; it gets the first.
+            positions = (steps - cache.padding[:, None]).clamp(min=0)[:, None]
+            mask = _padding_mask(steps, cache.padding)
+            return Place(self.cos[positions], negate_first_half(self.sin[positions]), mask)
+        causal = _attention_mask(tokens, start, documents, device, cache is not None)
+        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
+        return Place(cos, negate_first_half(sin), causal)
+
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (batch, tokens) -> logits (batch, tokens, vocab) in the autocast type or the parameters' type."""
         states = self.hidden_states(ids, documents, cache)
         weight = self.head_weight
         return F.linear(states.to(compute_dtype(weight)), weight)
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache on the model's device, in the parameters' type."""
+    def new_cache(self, batch: int, capacity: int, padding: Tensor | None = None) -> KVCache:
+        """An empty KV cache on the model's device, in the parameters' type; see :class:`KVCache` for the arguments."""
         weight = self.embed_tokens.weight
-        return KVCache(self.cfg, batch, capacity, weight.device, weight.dtype)
+        return KVCache(self.cfg, batch, capacity, weight.device, weight.dtype, padding)
+
+
+def _padding_mask(steps: Tensor, padding: Tensor) -> Tensor:
+    """True (batch, 1, queries, keys) where the query at one of ``steps`` may look, keys starting with the padding."""
+    keys = torch.arange(int(steps[-1]) + 1, device=steps.device)
+    seen = (keys <= steps[:, None]) & (keys >= padding[:, None, None])
+    # Padding looks at itself, for a softmax over nothing is NaN.
+    return (seen | (keys == steps[:, None]))[:, None]
 
 
 def _attention_mask(

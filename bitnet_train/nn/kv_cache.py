@@ -9,16 +9,27 @@ from bitnet_train.nn.config import DecoderConfig
 class KVCache:
     """Keys and values of all blocks for up to ``capacity`` tokens of ``batch`` sequences.
 
-    ``length`` tokens are filled; :meth:`Decoder.forward` advances it after all blocks have appended theirs.
+    ``padding`` (batch,) counts the tokens at the start of each sequence that are none: they are never looked at, and
+    positions begin behind them. ``length`` tokens are filled; :meth:`Decoder.forward` advances it after all blocks have
+    appended theirs.
     """
 
-    def __init__(self, cfg: DecoderConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        padding: Tensor | None = None,
+    ) -> None:
         if capacity > cfg.context:
             raise ValueError(f"a cache of {capacity} tokens is longer than the model's context of {cfg.context}")
         shape = (cfg.layers, batch, cfg.kv_heads, capacity, cfg.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.padding = padding
 
     @property
     def capacity(self) -> int:

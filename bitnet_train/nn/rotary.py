@@ -21,7 +21,8 @@ def negate_first_half(sin: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotates x (batch, heads, tokens, head_dim), in float32; keeps the type of x.
 
-    cos (tokens, head_dim) is from :func:`rotary_table`, signed_sin from :func:`negate_first_half`.
+    cos (tokens, head_dim), or with more dimensions that broadcast, is from :func:`rotary_table`, signed_sin from
+    :func:`negate_first_half`.
     """
     # (first, second) -> (-second, first) as a flip with signed sines: a concatenation compiles to element-wise code.
     halves, cos, sin = (t.unflatten(-1, (2, -1)) for t in (x, cos, signed_sin))

@@ -11,7 +11,8 @@ from tokenizers import pre_tokenizers
 
 import bitnet_train.evaluation.generate as generate_module
 from bitnet_train.data.tokenizer import TextTokenizer
-from bitnet_train.evaluation.generate import choose_token, generate_ids, generate_text
+from bitnet_train.evaluation.generate import generate_ids, generate_text
+from bitnet_train.evaluation.sampling import Sampling, choose_tokens
 from bitnet_train.nn.config import DecoderConfig, NormalInit
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
@@ -28,7 +29,9 @@ def model() -> Decoder:
 
 
 def run(model: Decoder, prompt: list[int], count: int, **fields: object) -> list[int]:
-    return list(generate_ids(model, prompt, count, **fields))  # type: ignore[arg-type]
+    chosen = {name: fields.pop(name) for name in ("temperature", "top_k") if name in fields}
+    sampling = Sampling(**chosen)  # type: ignore[arg-type]
+    return list(generate_ids(model, prompt, count, sampling=sampling, **fields))  # type: ignore[arg-type]
 
 
 def test_greedy_tokens_are_the_most_likely_one_by_one(model: Decoder) -> None:
@@ -84,7 +87,7 @@ LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0])
 
 def frequencies(temperature: float, top_k: int | None, count: int = 4000) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    draws = [choose_token(LOGITS, temperature, top_k, generator) for _ in range(count)]
+    draws = [choose_tokens(LOGITS[None], Sampling(temperature, top_k), [generator])[0] for _ in range(count)]
     return torch.bincount(torch.tensor(draws), minlength=5) / count
 
 
@@ -99,13 +102,13 @@ def test_top_k_keeps_the_k_most_likely_and_their_proportions() -> None:
     assert torch.allclose(got[[1, 3]], torch.softmax(LOGITS[[1, 3]], 0), atol=0.03)
     assert torch.allclose(frequencies(1.0, 99), torch.softmax(LOGITS, 0), atol=0.03)
     with pytest.raises(ValueError, match="top_k is 0"):
-        choose_token(LOGITS, 1.0, 0, None)
+        Sampling(1.0, 0)
 
 
 def test_bf16_logits_are_sampled_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
-    assert choose_token(LOGITS.bfloat16(), 0.0, None, None) == 1
-    assert choose_token(LOGITS.bfloat16(), 0.01, None, generator) == 1
+    assert choose_tokens(LOGITS.bfloat16()[None], Sampling(), [generator]) == [1]
+    assert choose_tokens(LOGITS.bfloat16()[None], Sampling(0.01), [generator]) == [1]
 
 
 @given(st.lists(st.integers(0, 399), max_size=30))
@@ -138,12 +141,12 @@ def test_text_starts_after_the_prompt_and_stops_at_the_end_token(bpe: TextTokeni
     prompt = "def f("
     ids = run(model, [bpe.bos_id, *bpe.encode(prompt)], 10, eos_id=bpe.eos_id)
     assert "".join(generate_text(model, bpe, prompt, 10)) == bpe.decode(ids)
-    sampled = "".join(generate_text(model, bpe, prompt, 10, temperature=1.0, top_k=5, seed=3))
-    assert sampled == "".join(generate_text(model, bpe, prompt, 10, temperature=1.0, top_k=5, seed=3))
+    sampled = "".join(generate_text(model, bpe, prompt, 10, sampling=Sampling(1.0, 5), seed=3))
+    assert sampled == "".join(generate_text(model, bpe, prompt, 10, sampling=Sampling(1.0, 5), seed=3))
 
 
 def test_generation_is_lazy(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, calls = model.forward, []
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    forward, calls = model.hidden_states, []
+    monkeypatch.setattr(model, "hidden_states", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     list(itertools.islice(generate_ids(model, [3], 20), 2))
     assert len(calls) == 2

@@ -7,6 +7,7 @@ import lightning as L
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.evaluation.generate import generate_text
+from bitnet_train.evaluation.sampling import Sampling
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.module import PretrainingModule
 
@@ -31,7 +32,12 @@ class Samples(StepCallback):
         parts = [f"{HEADING}{step}\n"]
         for number, prompt in enumerate(cfg.prompts):
             pieces = generate_text(
-                module.decoder, self.tokenizer, prompt, cfg.max_new_tokens, temperature=cfg.temperature, seed=number
+                module.decoder,
+                self.tokenizer,
+                prompt,
+                cfg.max_new_tokens,
+                sampling=Sampling(cfg.temperature),
+                seed=number,
             )
             # Four backticks, because sampled text may hold three.
             parts.append(f"````text\n{prompt}{''.join(pieces)}\n````\n")
