@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check-kernels setup lint format clean
+.PHONY: demo test check-kernels llama-cpp setup lint format clean
 
 demo: setup
 	$(BIN)/python -m bitnet_train +recipe=tiny
@@ -33,6 +33,13 @@ $(READY): pyproject.toml constraints.txt
 check-kernels: setup
 	$(BIN)/python -m pytest tests/kernels
 	$(BIN)/python -m bitnet_train.kernels.triton.ahead_of_time
+
+# llama.cpp, which runs the GGUF exports: built from source, about seven minutes on two cores.
+llama-cpp: $(VENV)/.llama-cpp
+
+$(VENV)/.llama-cpp: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[llama-cpp]"
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .

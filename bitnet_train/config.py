@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.evaluation.config import EvaluateConfig, GenerateConfig, check_generate
+from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
@@ -72,8 +72,6 @@ class Config(RunConfig):
     resume: dict[str, Any] = field(default_factory=lambda: {"from": None})
     # Formats of export.
     export: ExportConfig = field(default_factory=ExportConfig)
-    # What evaluate measures.
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # What generate writes.
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     # What benchmark compares.
@@ -124,10 +122,7 @@ def validate(cfg: Config) -> None:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")
         raise ConfigError(f"resume.{wrong} is not a configuration key. Did you mean 'resume.from'?")
     check_generate(cfg.generate)
-    if cfg.evaluate.window is not None and not 1 <= cfg.evaluate.window <= cfg.model.context:
-        raise ConfigError(
-            f"evaluate.window={cfg.evaluate.window} must lie between 1 and model.context={cfg.model.context}."
-        )
+    check_evaluate(cfg.evaluate, cfg.model.context)
     check_benchmark(cfg.benchmark)
     if cfg.command is Command.benchmark:
         check_benchmarked(cfg)

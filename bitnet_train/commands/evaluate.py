@@ -1,8 +1,11 @@
 """``command=evaluate``: loss, perplexity and bits per byte of a run or an export, beside gzip and xz."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -13,15 +16,57 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.export.held_out import documents
+from bitnet_train.training.run_folder import write_atomically
 
 # Tokens per forward.
 BATCH_TOKENS = 8192
 
 
+RESULT_FILE = "evaluation.json"
+
+
 def run(cfg: Config) -> int:
-    """Measure in float32 on ``evaluate.text``, or on the validation text as training did, and print the figures."""
+    """Measure in float32 and print the figures; they are also left in evaluation.json in the folder of ``run=``.
+
+    On the tasks of ``evaluate.tasks``; on ``evaluate.text``; without either on the validation text as training did.
+    """
     console = make_console()
+    if cfg.evaluate.tasks:
+        from bitnet_train.evaluation.lm_eval_model import check_harness
+
+        check_harness(cfg.evaluate)
+    folder = Path(str(cfg.run))
     model = load_model(cfg)
+    results: dict[str, Any] = {"model": model.description}
+    if cfg.evaluate.text is not None or not cfg.evaluate.tasks:
+        results["text"] = _measure_text(cfg, model, console)
+    if cfg.evaluate.tasks:
+        results["tasks"] = _run_tasks(cfg, model, console)
+    try:
+        write_atomically(folder / RESULT_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        console.print(f"{folder / RESULT_FILE} is not written: {error.strerror}")
+    return 0
+
+
+def _run_tasks(cfg: Config, model: LoadedModel, console: Console) -> dict[str, Any]:
+    from bitnet_train.evaluation.lm_eval_model import run_harness
+
+    scores = run_harness(model.decoder, model.tokenizer, cfg.evaluate)
+    table = Table(title=f"{model.description}, float32, lm-evaluation-harness", title_justify="left")
+    for heading in ("task", "metric", "value", "standard error"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for task, found in scores.items():
+        for name, value in found.items():
+            metric, _, part = name.partition(",")
+            if not metric.endswith("_stderr") and metric != "sample_len":
+                error = found.get(f"{metric}_stderr,{part}")
+                table.add_row(task, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}")
+    print_table(console, table)
+    return scores
+
+
+def _measure_text(cfg: Config, model: LoadedModel, console: Console) -> dict[str, Any]:
     context = model.decoder.cfg.context
     window = cfg.evaluate.window or min(cfg.data.sequence_length, context)
     if window > context:
@@ -53,7 +98,8 @@ def run(cfg: Config) -> int:
         table.add_row(compressor, f"{bits:.4f} bits per byte")
     table.add_row("text", f"{loss.bytes:,} bytes, {loss.tokens:,} tokens, windows of {window}")
     print_table(console, table)
-    return 0
+    figures = {"name": name, "loss": loss.loss, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
+    return figures | {"bytes": loss.bytes, "tokens": loss.tokens, "window": window}
 
 
 def _texts(cfg: Config, model: LoadedModel) -> tuple[list[str], str, bool]:

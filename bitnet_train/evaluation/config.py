@@ -1,6 +1,8 @@
 """What ``command=evaluate`` and ``command=generate`` do: the parts of the configuration with these names."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
 from bitnet_train.errors import ConfigError
 
@@ -11,6 +13,16 @@ class EvaluateConfig:
     text: str | None = None
     # Tokens per window; null for the length the run trained with.
     window: int | None = None
+    # Tasks of lm-evaluation-harness to run (instead of the validation text).
+    tasks: list[str] = field(default_factory=list)
+    # Folder with tasks of your own, YAML files as the harness describes them.
+    task_folder: str | None = None
+    # Examples in front of each question; null for what the task says.
+    shots: int | None = None
+    # Only so many questions of each task; null for all.
+    limit: int | None = None
+    # Run the tasks also during training, every so many steps and at the end; null for never.
+    every_steps: int | None = None
 
 
 @dataclass
@@ -35,6 +47,29 @@ class GenerateConfig:
     prompts_file: str | None = None
     # Seed of the sampling.
     seed: int = 0
+
+
+def check_evaluate(cfg: EvaluateConfig, context: int) -> None:
+    """Raises ConfigError for settings that are out of range, or tasks without the harness that runs them."""
+    if cfg.window is not None and not 1 <= cfg.window <= context:
+        raise ConfigError(f"evaluate.window={cfg.window} must lie between 1 and model.context={context}.")
+    if cfg.shots is not None and cfg.shots < 0:
+        raise ConfigError(f"evaluate.shots is {cfg.shots}; it must be at least 0, or null for the task's own.")
+    for name in ("limit", "every_steps"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"evaluate.{name} is {value}; it must be at least 1, or null.")
+    if not cfg.tasks:
+        idle = [name for name in ("task_folder", "shots", "limit", "every_steps") if getattr(cfg, name) is not None]
+        if idle:
+            raise ConfigError(f"evaluate.{idle[0]} does nothing without evaluate.tasks: name the tasks to run.")
+        return
+    if cfg.task_folder is not None and not Path(cfg.task_folder).expanduser().is_dir():
+        raise ConfigError(f"evaluate.task_folder={cfg.task_folder} is no folder.")
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            'evaluate.tasks are run by lm-evaluation-harness, not installed here: pip install "bitnet-train[eval]".'
+        )
 
 
 def check_generate(cfg: GenerateConfig) -> None:

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from bitnet_train.data.config import DataConfig
 from bitnet_train.errors import ConfigError
+from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.kernels.config import KernelConfig
 from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
 from bitnet_train.quant.config import QuantConfig
@@ -305,6 +306,8 @@ class RunConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     # Where metrics go beside metrics.csv.
     logger: LoggerConfig = field(default_factory=CsvLogger)
+    # What evaluate measures, and what is measured on the way.
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 @dataclass(frozen=True)

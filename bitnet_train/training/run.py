@@ -31,6 +31,7 @@ from bitnet_train.training.callbacks.progress import TrainingProgress
 from bitnet_train.training.callbacks.samples import Samples, cut_samples
 from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
+from bitnet_train.training.callbacks.tasks import Tasks, cut_evaluations
 from bitnet_train.training.callbacks.validation import Validation
 from bitnet_train.training.config import RunConfig, WandbLogger, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
@@ -129,6 +130,10 @@ def train(
 
     tokenizer = load_tokenizer(shards)
     tokenizer.save(folder.tokenizer)  # The run outlives its shards.
+    if cfg.evaluate.every_steps is not None:
+        from bitnet_train.evaluation.lm_eval_model import check_harness
+
+        check_harness(cfg.evaluate)
     if cfg.trainer.max_steps == 0:
         save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
         folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
@@ -156,6 +161,7 @@ def train(
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
     loggers = _loggers(cfg, folder, run_name, first, console)
     cut_samples(folder.samples_file, first)
+    cut_evaluations(folder.evaluations_file, first)
     remembered["micro_batch"] = plan.micro_batch
     folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
 
@@ -169,6 +175,7 @@ def train(
         metrics,
         validation,
         Samples(clock, tokenizer, folder.samples_file),
+        Tasks(clock, tokenizer, folder.evaluations_file),
         TrainingProgress(console, metrics, validation),
         checkpoints,
         stop,

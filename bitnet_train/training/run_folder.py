@@ -23,6 +23,7 @@ class RunFolder:
         self.provenance_file = path / "provenance.json"
         self.metrics_file = path / "metrics.csv"
         self.samples_file = path / "samples.md"
+        self.evaluations_file = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.exports = path / "export"

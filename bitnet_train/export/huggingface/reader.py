@@ -5,6 +5,7 @@ whatever is wrong ends in one sentence.
 """
 
 import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def _decoder_config(config: dict[str, Any], folder: Path) -> tuple[DecoderConfig
         check_decoder(cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if config.get("head_dim", cfg.head_dim) != cfg.head_dim:
+    if config.get("head_dim") not in (None, cfg.head_dim):
         raise ConfigError(
             f"{path}: head_dim is {config['head_dim']!r}; only hidden_size / num_attention_heads is read here."
         )
@@ -162,8 +163,22 @@ def _quantisation(config: dict[str, Any], path: Path) -> tuple[Variant, QuantSpe
     skipped = found.get("modules_to_not_convert") or []
     if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
         raise ConfigError(f"{path}: quantization_config.modules_to_not_convert is no list of module names.")
-    floats = tuple((name.removeprefix("model."), FLOAT) for name in skipped if name.startswith("model.layers."))
+    floats = tuple((pattern, FLOAT) for name in skipped for pattern in _skipped_layers(name, path))
     return Variant(storage, linear_class=str(read["linear_class"])), QuantSpec(LayerQuant(), floats)
+
+
+def _skipped_layers(name: str, path: Path) -> list[str]:
+    """Patterns of our layers that transformers leaves dense for an entry of ``modules_to_not_convert``.
+
+    Those are the module of that path with all below it, and modules whose path ends so. (Entries may be regular
+    expressions there; such folders are refused.)
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "model":
+        raise ConfigError(f"{path}: quantization_config.modules_to_not_convert has {name!r}, which is no module's name.")
+    if not name.startswith("model."):
+        return [f"*{name}"]
+    ours = name.removeprefix("model.").rstrip(".")
+    return [ours, f"{ours}.*"]
 
 
 class _Tensors:
