@@ -293,7 +293,8 @@ def on_a_run(job: Job) -> DictConfig:
         raise ConfigError(f"run={node.run} does not exist: give the folder of a run, such as runs/tiny.")
     saved_file = next((p for p in (folder / "config.yaml", folder.parent.parent / "config.yaml") if p.is_file()), None)
     if saved_file is None:
-        if (folder / "config.json").is_file():
+        sweep = command == "report" and any(folder.glob("**/config.yaml"))
+        if sweep or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
             # An export on its own: its config.json describes the model, this configuration the rest.
             return node
         raise ConfigError(f"run={node.run} is neither a run (no config.yaml there) nor an export (no config.json).")

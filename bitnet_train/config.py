@@ -43,11 +43,12 @@ class Command(Enum):
     verify = "verify"
     evaluate = "evaluate"
     generate = "generate"
+    report = "report"
     benchmark = "benchmark"
 
 
 # Commands that read the configuration of the run they work on.
-ON_A_RUN = (Command.export, Command.verify, Command.evaluate, Command.generate)
+ON_A_RUN = (Command.export, Command.verify, Command.evaluate, Command.generate, Command.report)
 
 
 @dataclass
@@ -60,11 +61,12 @@ class PathsConfig:
 
 @dataclass
 class Config(RunConfig):
-    # What to do: train, prepare, estimate, export, verify, evaluate, generate or benchmark.
+    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report or benchmark.
     command: Command = Command.train
     # Name of the run's folder under paths.runs; null for the recipe's name.
     run_name: str | None = None
-    # The run folder that export, verify, evaluate and generate work on (the last two also take an export's folder).
+    # The run folder that export, verify, evaluate, generate and report work on (evaluate and generate also take an
+    # export's folder, report that of a sweep).
     run: str | None = None
     # Folders.
     paths: PathsConfig = field(default_factory=PathsConfig)

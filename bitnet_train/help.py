@@ -16,6 +16,7 @@ Commands (command=...)
   verify     reload a run's exports with their real consumers and compare with the run
   evaluate   loss and bits per byte of a run or an export, on any text
   generate   let a run or an export continue a prompt
+  report     a page about a run, or about all runs of a sweep: curves, samples, exports
   benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)

@@ -12,6 +12,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
+from bitnet_train.reporting.run_page import write_run_page
 from bitnet_train.training.run_folder import RunFolder
 
 
@@ -46,6 +47,8 @@ def run(cfg: Config) -> int:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
         console.print(f"{where}; the same command continues the run")
         return outcome.exit_code
+    if folder.metrics_file.is_file():
+        write_run_page(cfg, folder, cfg.run_name)
     if outcome.validation is not None:
         beside = ""
         if cfg.data.validation_tokens is None:

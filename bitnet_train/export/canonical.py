@@ -23,6 +23,8 @@ from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.quant.weights import Codes, quantise_weight
 
 PREFIX = "decoder."
+# Longest context of a file that readers accept: the tables of rotary positions are allocated from this number alone.
+LONGEST_CONTEXT = 1 << 20
 
 
 class CanonicalCheckpoint:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from bitnet_train.errors import ConfigError
 ORIGIN_FILE = "bitnet_train.json"
 # No such file of an export is longer; what is, is damaged or hostile, and is not read.
 JSON_BYTES = 16 << 20
+# Longer names are cut in messages.
+LONGEST_NAME = 120
 
 
 @contextmanager
@@ -61,6 +64,11 @@ def unreadable(path: Path, error: Exception) -> str:
         return f"{path} is missing: {path.parent} is no complete export; export again."
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"{path} is damaged ({reason}): export again."
+
+
+def shown(name: str) -> str:
+    """A name out of a file of unknown origin, fit for a sentence: as it is, unless it is endless or breaks the line."""
+    return name if name.isprintable() and len(name) <= LONGEST_NAME else reprlib.repr(name)
 
 
 def write_origin(folder: Path, format_name: str, step: int) -> None:

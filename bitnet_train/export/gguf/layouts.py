@@ -15,8 +15,9 @@ Q6_K_BYTES = 210
 # Weights that I2_S interleaves, and what follows the codes: a float32 scale, padded.
 I2_S_BLOCK = 128
 I2_S_TAIL = 32
-# TQ1_0: the codes of a block go into bytes of five, five and four ternary digits, `stride` weights apart.
-TQ1_0_PARTS = ((160, 5, 32), (80, 5, 16), (16, 4, 4))
+# TQ1_0: the codes of a block go into 32, 16 and 4 bytes of five, five and four ternary digits: (digits, bytes), digits
+# of a byte as many weights apart as there are bytes.
+TQ1_0_PARTS = ((5, 32), (5, 16), (4, 4))
 
 
 def pack_tq2_0(codes: Tensor, row_scale: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def pack_tq2_0(codes: Tensor, row_scale: Tensor) -> Tensor:
     packed = parts[..., 0, :].clone()
     for i in range(1, 4):
         packed |= parts[..., i, :] << (2 * i)
-    return _with_scales(packed.reshape(rows, -1, 64), row_scale)
+    return _with_scales(packed.reshape(rows, columns // BLOCK, 64), row_scale)
 
 
 def unpack_tq2_0(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,12 @@ def pack_tq1_0(codes: Tensor, row_scale: Tensor) -> Tensor:
     rows, columns = codes.shape
     digits = _digits(codes).reshape(rows, columns // BLOCK, BLOCK).int()
     packed, first = [], 0
-    for size, count, stride in TQ1_0_PARTS:
-        part = digits[..., first : first + size].reshape(rows, -1, size // (count * stride), count, stride)
+    for count, stride in TQ1_0_PARTS:
+        part = digits[..., first : first + count * stride].reshape(rows, columns // BLOCK, count, stride)
         powers = torch.tensor([3 ** (4 - i) for i in range(count)], dtype=torch.int32)[:, None]
-        value = (part * powers).sum(-2).flatten(2)
+        value = (part * powers).sum(-2)
         packed.append(((value * 256 + 242) // 243).to(torch.uint8))
-        first += size
+        first += count * stride
     return _with_scales(torch.cat(packed, dim=-1), row_scale)
 
 
@@ -63,11 +64,11 @@ def unpack_tq1_0(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """uint8 (N, K / 256 * 54) to codes int8 (N, K) and scales float32 (N, K / 256)."""
     blocks, scales = _without_scales(packed, columns, TQ1_0_BYTES)
     digits, first = [], 0
-    for size, count, stride in TQ1_0_PARTS:
-        stored = blocks[..., first : first + size // count].reshape(*blocks.shape[:2], -1, 1, stride)
+    for count, stride in TQ1_0_PARTS:
+        stored = blocks[..., None, first : first + stride]
         powers = torch.tensor([3**i for i in range(count)], dtype=torch.uint8)[:, None]
         digits.append((((stored * powers).int() * 3) >> 8).flatten(2))
-        first += size // count
+        first += stride
     return _codes(torch.cat(digits, dim=-1).reshape(packed.shape[0], columns)), scales
 
 
@@ -148,7 +149,7 @@ def _codes(digits: Tensor) -> Tensor:
 def _with_scales(blocks: Tensor, row_scale: Tensor) -> Tensor:
     """Blocks uint8 (N, blocks, bytes), each followed by its row's scale as float16, flattened to rows."""
     scales = row_scale.half()[:, None, None].expand(-1, blocks.shape[1], 1).contiguous().view(torch.uint8)
-    return torch.cat([blocks, scales], dim=-1).reshape(blocks.shape[0], -1)
+    return torch.cat([blocks, scales], dim=-1).flatten(1)
 
 
 def _without_scales(packed: Tensor, columns: int, block_bytes: int) -> tuple[Tensor, Tensor]:

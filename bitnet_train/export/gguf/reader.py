@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
-from bitnet_train.export.canonical import assemble_decoder
+from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.gguf.file import GgufFile
 from bitnet_train.export.gguf.layouts import BLOCK, unpack_i2_s, unpack_tq1_0, unpack_tq2_0
@@ -31,8 +31,6 @@ ARCHITECTURES = {
     "llama": (Norms.pre, Activation.silu),
 }
 TERNARY = {GgmlType.tq1_0, GgmlType.tq2_0, GgmlType.i2_s}
-# The rotary table and the blocks are allocated from these numbers alone.
-LONGEST_CONTEXT, MOST_LAYERS = 1 << 24, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,13 @@ def _decoder_config(file: GgufFile) -> DecoderConfig:
         check_decoder(cfg)
     except ConfigError as error:
         raise ConfigError(f"{file.path}: {error}") from None
-    if cfg.context > LONGEST_CONTEXT or cfg.layers > MOST_LAYERS:
-        raise ConfigError(f"{file.path}: context_length={cfg.context:,} or block_count={cfg.layers:,} is out of range.")
+    if cfg.context > LONGEST_CONTEXT:
+        raise ConfigError(
+            f"{file.path}: context_length is {cfg.context:,}; {LONGEST_CONTEXT:,} is the most that is read here."
+        )
+    # Before any table of that many layers is made from a damaged number.
+    if cfg.layers > len(file.tensors):
+        raise ConfigError(f"{file.path} has {len(file.tensors)} tensors, too few for {cfg.layers:,} blocks.")
     if number("rope.dimension_count", int) != cfg.head_dim:
         raise ConfigError(f"{file.path}: only rotary positions over the whole head are read here.")
     return cfg

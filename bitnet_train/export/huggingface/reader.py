@@ -7,8 +7,9 @@ whatever is wrong ends in one sentence.
 import math
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 import torch
@@ -18,22 +19,24 @@ from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
-from bitnet_train.export.canonical import assemble_decoder
-from bitnet_train.export.folder import read_json, unreadable
+from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
+from bitnet_train.export.folder import read_json, shown, unreadable
 from bitnet_train.export.huggingface.model_config import hf_name
 from bitnet_train.export.huggingface.variant import Storage, Variant
 from bitnet_train.export.huggingface.writer import WEIGHTS, direct_scale, tensor_infos
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.decoder import Decoder
-from bitnet_train.nn.layout import quantised_layers
+from bitnet_train.nn.layout import Role, parameter_table, quantised_layers
 from bitnet_train.quant.packing import unpack_2bit
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 from bitnet_train.quant.weights import Codes, quantise_weight
 
 TOKENIZER_BYTES = 256 << 20
-# The rotary table is allocated from this number alone, so it gets a limit of its own.
-LONGEST_CONTEXT = 1 << 24
+# A float of any magnitude holds smaller integers.
+LARGEST_INTEGER = 1 << 1000
+# More modules than any model lists; each is compared with each layer.
+MOST_SKIPPED = 10_000
 FAMILIES = {"bitnet": Norms.pre_sub, "llama": Norms.pre}
 FLOAT_TYPES = {"F32", "BF16", "F16"}
 
@@ -81,15 +84,17 @@ def read_model(folder: Path, device: torch.device | str = "cpu") -> ImportedMode
     config = read_json(folder / "config.json")
     cfg, spec, variant = _decoder_config(config, folder)
     codes, tensors = _read_tensors(folder, cfg, spec, variant, torch.device(device))
-    return ImportedModel(cfg, spec, variant.storage, codes, tensors)
+    layers = [p.layer_name for p in parameter_table(cfg) if p.role is Role.linear]
+    floats = tuple((name, FLOAT) for name in layers if not spec.for_layer(name).quantised)
+    return ImportedModel(cfg, replace(spec, overrides=floats), variant.storage, codes, tensors)
 
 
 def _field(config: dict[str, Any], key: str, kind: type, path: Path) -> Any:
     value = config.get(key)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < LARGEST_INTEGER else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{path}: {key} is {value!r}, which is not of type {kind.__name__}.")
+        raise ConfigError(f"{path}: {key} is {short_repr(value)}, which is not of type {kind.__name__}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}: {key} is {value}, which is not a finite number.")
     return value
@@ -99,11 +104,10 @@ def _decoder_config(config: dict[str, Any], folder: Path) -> tuple[DecoderConfig
     path = folder / "config.json"
     family, activation = _field(config, "model_type", str, path), _field(config, "hidden_act", str, path)
     if family not in FAMILIES:
-        raise ConfigError(f"{path}: model_type is {family!r}; only {' and '.join(FAMILIES)} are read here.")
+        raise ConfigError(f"{path}: model_type is {short_repr(family)}; only {' and '.join(FAMILIES)} are read here.")
     if activation not in {a.value for a in Activation}:
-        raise ConfigError(
-            f"{path}: hidden_act is {activation!r}; only {' and '.join(a.value for a in Activation)} are read here."
-        )
+        known = " and ".join(a.value for a in Activation)
+        raise ConfigError(f"{path}: hidden_act is {short_repr(activation)}; only {known} are read here.")
     variant, spec = _quantisation(config, path)
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise ConfigError(f"{path}: the model has biases, which are not read here.")
@@ -128,9 +132,10 @@ def _decoder_config(config: dict[str, Any], folder: Path) -> tuple[DecoderConfig
         check_decoder(cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if config.get("head_dim") not in (None, cfg.head_dim):
+    head_dim = config.get("head_dim")
+    if head_dim not in (None, cfg.head_dim):
         raise ConfigError(
-            f"{path}: head_dim is {config['head_dim']!r}; only hidden_size / num_attention_heads is read here."
+            f"{path}: head_dim is {short_repr(head_dim)}; only hidden_size / num_attention_heads is read here."
         )
     if cfg.context > LONGEST_CONTEXT:
         raise ConfigError(
@@ -156,12 +161,15 @@ def _quantisation(config: dict[str, Any], path: Path) -> tuple[Variant, QuantSpe
     for key, values in allowed.items():
         if read[key] not in values:
             only = " and ".join(map(repr, values))
-            raise ConfigError(f"{path}: quantization_config.{key} is {read[key]!r}; only {only} is read here.")
+            raise ConfigError(
+                f"{path}: quantization_config.{key} is {short_repr(read[key])}; only {only} is read here."
+            )
     storage = Storage.master if read["quantization_mode"] == "online" else Storage.packed
     if storage is Storage.master and read["linear_class"] == "bitlinear":
         raise ConfigError(f"{path}: quantization_mode online needs linear_class autobitlinear, not bitlinear.")
     skipped = found.get("modules_to_not_convert") or []
-    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+    strings = isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
+    if not strings or len(skipped) > MOST_SKIPPED:
         raise ConfigError(f"{path}: quantization_config.modules_to_not_convert is no list of module names.")
     floats = tuple((pattern, FLOAT) for name in skipped for pattern in _skipped_layers(name, path))
     return Variant(storage, linear_class=str(read["linear_class"])), QuantSpec(LayerQuant(), floats)
@@ -174,7 +182,9 @@ def _skipped_layers(name: str, path: Path) -> list[str]:
     expressions there; such folders are refused.)
     """
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "model":
-        raise ConfigError(f"{path}: quantization_config.modules_to_not_convert has {name!r}, which is no module's name.")
+        raise ConfigError(
+            f"{path}: quantization_config.modules_to_not_convert has {short_repr(name)}, which is no module's name."
+        )
     if not name.startswith("model."):
         return [f"*{name}"]
     ours = name.removeprefix("model.").rstrip(".")
@@ -190,10 +200,11 @@ class _Tensors:
         files = [WEIGHTS]
         if not self.path.is_file() and index.is_file():
             placed = read_json(index).get("weight_map")
-            names = sorted({name for name in placed.values() if isinstance(name, str)}) if placed else []
-            if not names or any(Path(name).name != name for name in names):
+            names = list(placed.values()) if isinstance(placed, dict) else []
+            plain = all(isinstance(name, str) and Path(name).name == name and name.isprintable() for name in names)
+            if not names or not plain:
                 raise ConfigError(f"{index} is damaged (its weight_map names no files of this folder).")
-            self.path, files = index, names
+            self.path, files = index, sorted(set(names))
         self.files: dict[str, Any] = {}
         for name in files:
             try:
@@ -245,7 +256,7 @@ def _check_header(file: _Tensors, cfg: DecoderConfig, spec: QuantSpec, variant: 
     spare = {"lm_head.weight"} if cfg.tie_embeddings else set()
     for name in sorted(set(infos) ^ (set(file.files) - spare)):
         raise ConfigError(
-            f"{file.path}: {name} is {'missing' if name in infos else 'not part of the model in config.json'}."
+            f"{file.path}: {shown(name)} is {'missing' if name in infos else 'not part of the model in config.json'}."
         )
     for name, info in infos.items():
         shape, kind = file.header(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
 from bitnet_train.errors import ConfigError
-from bitnet_train.export.canonical import assemble_decoder
+from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig, ExportDtype, Packing
 from bitnet_train.export.folder import read_json, unreadable
 from bitnet_train.export.packed.layout import unpack_codes
@@ -23,9 +23,6 @@ from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import check_spec, parameter_table
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 from bitnet_train.quant.weights import Codes
-
-# The rotary table is allocated from this number alone.
-LONGEST_CONTEXT = 1 << 24
 
 
 @dataclass(frozen=True)

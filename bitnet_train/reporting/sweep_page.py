@@ -1,0 +1,99 @@
+"""The page of a sweep: its runs ranked, their curves in one chart, what they differ in."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+from bitnet_train.errors import ConfigError
+from bitnet_train.reporting.charts import Chart, Line, smoothed
+from bitnet_train.reporting.metrics import Metrics, read_metrics
+from bitnet_train.reporting.page import number, render
+
+# What belongs to a run's place or to what is done with it, and not to what it tries.
+OWN = (
+    "run_name", "run", "command", "paths", "export", "evaluate", "generate", "benchmark", "samples", "logger",
+    "checkpoint",
+)  # fmt: skip
+# Runs whose curves are drawn; more lines than colours cannot be told apart.
+DRAWN = 8
+
+
+def sweep_runs(folder: Path) -> list[Path]:
+    """The folders of runs below ``folder`` (one or two levels), by name."""
+    return sorted(file.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for file in folder.glob(pattern))
+
+
+def sweep_page(folder: Path) -> str:
+    """The page as HTML. Raises ConfigError when no run below ``folder`` has metrics."""
+    configs: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, Metrics] = {}
+    for run in sweep_runs(folder):
+        name = str(run.relative_to(folder))
+        try:
+            metrics[name] = read_metrics(run / "metrics.csv")
+            configs[name] = dict(_leaves(yaml.safe_load((run / "config.yaml").read_text()) or {}))
+        except (ConfigError, OSError, yaml.YAMLError):
+            metrics.pop(name, None)  # a job that has not begun
+    if not metrics:
+        raise ConfigError(f"{folder} holds no run with metrics: train first, or give the folder of a run.")
+    best = {name: found.best("val/bits_per_byte") for name, found in metrics.items()}
+    names = sorted(metrics, key=lambda name: (best[name] is None, best[name] or 0.0, name))
+    differing = _differing(configs)
+    ranking = SimpleNamespace(
+        headings=("", "run", "best bits per byte", "last", "steps", "tokens/s", *differing),
+        numbers=(0, 2, 3, 4, 5),
+        rows=[
+            (
+                rank,
+                name,
+                number(best[name]),
+                number(metrics[name].last("val/bits_per_byte")),
+                number(_last_step(metrics[name]), 0),
+                number(metrics[name].last("tokens_per_second"), 0),
+                *(str(configs[name].get(key, "-")) for key in differing),
+            )
+            for rank, name in enumerate(names, start=1)
+        ],
+    )
+    figures = [("runs", str(len(names))), ("best bits per byte", number(best[names[0]])), ("best run", names[0])]
+    drawn = f"The curves are those of the best {DRAWN}. " if len(names) > DRAWN else ""
+    subtitle = f"{drawn}They differ in {', '.join(differing) or 'nothing but their names'}."
+    return render(
+        f"Sweep {folder.name}", subtitle, str(folder), figures, _charts(names[:DRAWN], metrics), ranking=ranking
+    )
+
+
+def _charts(names: list[str], metrics: dict[str, Metrics]) -> list[Chart]:
+    charts = []
+    for title, column, smooth, logarithmic in (
+        ("Bits per byte of held-out text", "val/bits_per_byte", False, False),
+        ("Training loss (smoothed)", "train/loss", True, False),
+        ("Gradient norm before clipping (smoothed)", "grad_norm", True, True),
+        ("Learning rate", "lr", False, False),
+        ("Share of codes that are zero", "codes/zeros", False, False),
+        ("Tokens per second", "tokens_per_second", True, False),
+    ):
+        lines = []
+        for name in names:
+            steps, values = metrics[name].series(column)
+            lines.append(Line(name, steps, smoothed(values, max(1, len(values) // 25)) if smooth else values))
+        charts.append(Chart(title, [line for line in lines if line.steps], logarithmic))
+    return [chart for chart in charts if not chart.empty]
+
+
+def _differing(configs: dict[str, dict[str, Any]]) -> list[str]:
+    keys = {key: None for config in configs.values() for key in config}
+    values = lambda key: {repr(config.get(key)) for config in configs.values()}  # noqa: E731
+    return [key for key in keys if key.split(".")[0] not in OWN and len(values(key)) > 1]
+
+
+def _leaves(plain: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(plain, dict):
+        return [(prefix, plain)]
+    return [leaf for key, value in plain.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _last_step(metrics: Metrics) -> float:
+    return float(max((steps[-1] for steps, _ in metrics.columns.values() if steps), default=0))
