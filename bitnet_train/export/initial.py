@@ -106,10 +106,19 @@ def _masters(
             masters[parameter.name] = codes[layer].dequantise()
         else:
             try:
-                masters[parameter.name] = masters_from_codes(codes[layer], quantised[layer])
-            except (ValueError, RuntimeError) as error:
+                found = _regrouped(codes[layer], quantised[layer].group_count(parameter.shape[0]))
+                masters[parameter.name] = masters_from_codes(found, quantised[layer])
+            except ValueError as error:
                 raise ConfigError(f"init.from={source}: {layer}: {error}; set quant= as it was trained.") from None
     return masters
+
+
+def _regrouped(codes: Codes, groups: int) -> Codes:
+    """The same codes with a scale for each of ``groups``; a file may hold one per row. Raises ValueError."""
+    scales = codes.row_scale().reshape(groups, -1)
+    if not torch.equal(scales, scales[:, :1].expand_as(scales)):
+        raise ValueError(f"its {len(codes.scale)} scales are not those of {groups} groups")
+    return Codes(codes.codes, scales[:, 0].clone())
 
 
 def _check_shape(source: str, found: DecoderConfig, cfg: DecoderConfig) -> None:

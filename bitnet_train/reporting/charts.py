@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,21 @@ def smoothed(values: Sequence[float], span: int) -> list[float]:
 def svg(chart: Chart) -> str:
     """The chart as an SVG element that scales with its container."""
     stream = io.StringIO()
-    _figure(chart, SIZE).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    _save(chart, SIZE, stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     # The width is the page's affair; the viewBox keeps the proportions.
     head, rest = text.split(">", 1)
     parts = [p for p in head.split(" ") if not p.startswith(("width=", "height="))]
-    return f'{" ".join(parts)} role="img" aria-label="{chart.title}">{rest}'
+    return f'{" ".join(parts)} role="img" aria-label="{escape(chart.title, quote=True)}">{rest}'
 
 
 def png(chart: Chart, file: Path) -> None:
     """The chart as a picture of its own."""
-    _figure(chart, (6.4, 3.6)).savefig(file, format="png", dpi=130)
+    _save(chart, (6.4, 3.6), file, format="png", dpi=130)
 
 
-def _figure(chart: Chart, size: tuple[float, float]) -> Any:
+def _save(chart: Chart, size: tuple[float, float], target: Any, **options: Any) -> None:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,4 +93,4 @@ def _figure(chart: Chart, size: tuple[float, float]) -> Any:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("optimizer step", fontsize=8)
-        return figure
+        figure.savefig(target, **options)

@@ -42,7 +42,10 @@ class Workspace:
         self.threads = "1"
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "bitnet_train", *SETTINGS, f"data.corpus.path={self.folder}/corpus", *arguments]
+        """A command on the workspace's recipe; commands on a finished run take that run's settings."""
+        on_a_run = any(argument.startswith("run=") for argument in arguments)
+        recipe = () if on_a_run else (*SETTINGS, f"data.corpus.path={self.folder}/corpus")
+        return [sys.executable, "-m", "bitnet_train", *recipe, *arguments]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}

@@ -7,14 +7,8 @@ ggml-bitnet-mad.cpp (microsoft/BitNet, x86), written down from their behaviour.
 import torch
 from torch import Tensor
 
-# Weights that share a scale in llama.cpp's ternary types and in K-quants.
-BLOCK = 256
-TQ2_0_BYTES = 66
-TQ1_0_BYTES = 54
-Q6_K_BYTES = 210
-# Weights that I2_S interleaves, and what follows the codes: a float32 scale, padded.
-I2_S_BLOCK = 128
-I2_S_TAIL = 32
+from bitnet_train.export.gguf.blocks import BLOCK, I2_S_TAIL, TQ1_0_BYTES, TQ2_0_BYTES
+
 # TQ1_0: the codes of a block go into 32, 16 and 4 bytes of five, five and four ternary digits: (digits, bytes), digits
 # of a byte as many weights apart as there are bytes.
 TQ1_0_PARTS = ((5, 32), (5, 16), (4, 4))

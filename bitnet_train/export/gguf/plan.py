@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from bitnet_train.export.config import EmbeddingType, ExportConfig, ExportDtype
-from bitnet_train.export.gguf.layouts import BLOCK, I2_S_TAIL, Q6_K_BYTES, TQ1_0_BYTES, TQ2_0_BYTES
+from bitnet_train.export.gguf.blocks import BLOCK, I2_S_BLOCK, I2_S_TAIL, Q6_K_BYTES, TQ1_0_BYTES, TQ2_0_BYTES
 from bitnet_train.export.sizes import ExportSize
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms
 from bitnet_train.nn.layout import ParameterInfo, Role, parameter_table, quantised_layers
@@ -179,7 +179,7 @@ def gguf_obstacle(cfg: DecoderConfig, spec: QuantSpec, container: Container, exp
         return "the llama architecture computes SiLU in the FFN (model.activation=relu2 with model.norms=pre)"
     if cfg.norms is Norms.pre_sub and not cfg.tie_embeddings:
         return "its BitNet architectures use the embedding as the head (model.tie_embeddings=false)"
-    multiple = BLOCK if main_line else 128
+    multiple = BLOCK if main_line else I2_S_BLOCK
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
         rows, columns = shapes[name]

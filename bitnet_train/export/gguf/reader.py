@@ -12,8 +12,9 @@ from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.gguf.blocks import BLOCK, I2_S_BLOCK, as_float32
 from bitnet_train.export.gguf.file import GgufFile
-from bitnet_train.export.gguf.layouts import BLOCK, unpack_i2_s, unpack_tq1_0, unpack_tq2_0
+from bitnet_train.export.gguf.layouts import unpack_i2_s, unpack_tq1_0, unpack_tq2_0
 from bitnet_train.export.gguf.plan import Container, GgmlType, PlannedTensor, planned_tensors
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
 from bitnet_train.export.gguf.writer import unpermuted
@@ -120,9 +121,8 @@ def _decoder_config(file: GgufFile) -> DecoderConfig:
         norms=norms,
         activation=activation,
         tie_embeddings="output.weight" not in file.tensors,
-        # Stored in float32; six digits are what anyone sets.
-        rope_theta=float(f"{number('rope.freq_base', float):.6g}"),
-        norm_eps=float(f"{number('attention.layer_norm_rms_epsilon', float):.6g}"),
+        rope_theta=as_float32(number("rope.freq_base", float)),
+        norm_eps=as_float32(number("attention.layer_norm_rms_epsilon", float)),
     )
     try:
         check_decoder(cfg)
@@ -149,7 +149,7 @@ def _kind(file: GgufFile, name: str) -> GgmlType:
 
 def _read_codes(file: GgufFile, tensor: PlannedTensor) -> Codes:
     rows, columns = tensor.parameter.shape
-    if columns % (128 if tensor.type is GgmlType.i2_s else BLOCK):
+    if columns % (I2_S_BLOCK if tensor.type is GgmlType.i2_s else BLOCK):
         raise file.damaged(f"{tensor.name} has rows of {columns} weights")
     data = torch.from_numpy(file.data(tensor.name, tensor.bytes).copy())
     try:

@@ -1,12 +1,14 @@
 """A byte-level BPE as the ``tokenizer.ggml.*`` keys of a GGUF file, and back."""
 
 import json
+from reprlib import repr as short_repr
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
+from bitnet_train.export.folder import shown
 
 # Token types of llama.h.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -57,6 +59,9 @@ def tokenizer_metadata(tokenizer: TextTokenizer, vocab: int) -> dict[str, Any]:
         for index in range(vocab)
     ]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in definition["model"]["merges"]]
+    if not merges:
+        # gguf-py leaves empty lists out, and llama.cpp loads no byte-level BPE without the key.
+        raise ConfigError("A GGUF file needs merges, and this tokenizer has no merges: export to hf-* or packed.")
     return {
         "tokenizer.ggml.model": "gpt2",
         # Without it llama.cpp splits text in a way of its own, and the model reads garbage.
@@ -77,26 +82,33 @@ def tokenizer_from_metadata(metadata: dict[str, Any]) -> TextTokenizer:
     try:
         tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
         merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        name = metadata["tokenizer.ggml.pre"]
-        if metadata["tokenizer.ggml.model"] != "gpt2" or name not in PRE_TOKENIZERS or len(types) != len(tokens):
-            raise ValueError(f"pre-tokenizer {name!r}")
+        name, model = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.model"]
+        bos, eos = metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]
+        if model != "gpt2" or name not in PRE_TOKENIZERS:
+            raise ValueError(f"model {short_repr(model)}, pre-tokenizer {short_repr(name)}")
+        vocab = metadata.get(f"{metadata.get('general.architecture')}.vocab_size", len(tokens))
+        if not len(set(tokens)) == len(tokens) == len(types) <= vocab:
+            raise ValueError(f"{len(tokens)} tokens, {len(types)} types, vocabulary of {vocab}")
+        if not all(type(index) is int and 0 <= index < len(tokens) for index in (bos, eos)):
+            raise ValueError(f"bos {short_repr(bos)}, eos {short_repr(eos)}")
         vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-        regex = PRE_TOKENIZERS[name]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
-        tokenizer.pre_tokenizer = (
-            byte_level
-            if regex is None
-            else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), byte_level])
-        )
+        tokenizer.pre_tokenizer = _pre_tokenizer(name)
         tokenizer.decoder = decoders.ByteLevel()
         for token, kind in zip(tokens, types, strict=True):
             if kind in (CONTROL, USER_DEFINED):
                 tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
-        return TextTokenizer(
-            tokenizer, int(metadata["tokenizer.ggml.bos_token_id"]), int(metadata["tokenizer.ggml.eos_token_id"])
-        )
+        return TextTokenizer(tokenizer, bos, eos)
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(
-            f"The GGUF file's tokenizer is damaged or of a kind that is not read here ({error})."
+            "The GGUF file's tokenizer is damaged or of a kind that is not read here "
+            f"({shown(f'{type(error).__name__}: {error}')})."
         ) from None
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    regex = PRE_TOKENIZERS[name]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
+    if regex is None:
+        return byte_level
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), byte_level])

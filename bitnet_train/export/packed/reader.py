@@ -1,7 +1,9 @@
 """Reading the format ``packed`` back: the codes and scales as they are in the file."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 import torch
@@ -14,13 +16,13 @@ from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig, ExportDtype, Packing
-from bitnet_train.export.folder import read_json, unreadable
+from bitnet_train.export.folder import read_json, shown, unreadable
 from bitnet_train.export.packed.layout import unpack_codes
 from bitnet_train.export.packed.writer import FORMAT, VERSION, WEIGHTS, packed_infos
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.config import DecoderConfig, check_decoder
 from bitnet_train.nn.decoder import Decoder
-from bitnet_train.nn.layout import check_spec, parameter_table
+from bitnet_train.nn.layout import Role, check_spec, parameter_table
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 from bitnet_train.quant.weights import Codes
 
@@ -51,7 +53,22 @@ def load_packed(
     folder: Path, device: torch.device | str = "cpu", backend: Backend | None = None
 ) -> tuple[Decoder, TextTokenizer]:
     """The model (float32, eval mode, without master weights) and the tokenizer. Raises ConfigError."""
-    return read_packed(folder, device).decoder(backend), load_tokenizer(folder)
+    model = read_packed(folder, device)
+    return model.decoder(backend), read_packed_tokenizer(folder, model.cfg.vocab)
+
+
+def read_packed_tokenizer(folder: Path, vocab: int) -> TextTokenizer:
+    """The tokenizer of a folder. Raises ConfigError when it is damaged or does not fit a model of ``vocab`` ids."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ConfigError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    config, ids = read_json(folder / "config.json"), (tokenizer.bos_id, tokenizer.eos_id)
+    if tokenizer.vocab_size > vocab or not all(0 <= index < vocab for index in ids):
+        raise ConfigError(f"{folder}: the tokenizer has ids above the model's vocabulary of {vocab}.")
+    if (config.get("bos_token_id"), config.get("eos_token_id")) != ids:
+        raise ConfigError(f"{folder}: config.json and the tokenizer's files disagree about the ids of bos and eos.")
+    return tokenizer
 
 
 def read_packed(folder: Path, device: torch.device | str = "cpu") -> PackedModel:
@@ -62,8 +79,9 @@ def read_packed(folder: Path, device: torch.device | str = "cpu") -> PackedModel
         raise ConfigError(f"{path}: only the format {FORMAT}, version {VERSION}, is read here.")
     try:
         export = ExportConfig(dtype=ExportDtype(config.get("dtype")), packing=Packing(config.get("packing")))
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}.") from None
+    except ValueError:
+        wrong = f"dtype={short_repr(config.get('dtype'))} or packing={short_repr(config.get('packing'))}"
+        raise ConfigError(f"{path}: {wrong} is not known here.") from None
     cfg = _decoder_config(config.get("model"), path)
     weights = folder / WEIGHTS
     codes: dict[str, Codes] = {}
@@ -107,12 +125,18 @@ def _decoder_config(found: Any, path: Path) -> DecoderConfig:
     if not isinstance(found, dict) or set(found) != names:
         raise ConfigError(f"{path}: model must have exactly the fields {', '.join(sorted(names))}.")
     try:
-        # OmegaConf holds the values against the dataclass's types.
+        # OmegaConf holds the values against the dataclass's types; it must not find references to look up.
+        if any(isinstance(value, str) and "$" in value for value in found.values()):
+            raise ConfigError("a field is a reference.")
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DecoderConfig), found))
         assert isinstance(cfg, DecoderConfig)
         check_decoder(cfg)
     except (OmegaConfBaseException, ConfigError) as error:
-        raise ConfigError(f"{path}: model: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: model: {shown(str(error).splitlines()[0])}") from None
+    if not (math.isfinite(cfg.norm_eps) and math.isfinite(cfg.rope_theta)):
+        raise ConfigError(
+            f"{path}: model.norm_eps={cfg.norm_eps} and model.rope_theta={cfg.rope_theta} must be finite."
+        )
     if cfg.context > LONGEST_CONTEXT:
         raise ConfigError(
             f"{path}: model.context is {cfg.context:,}; {LONGEST_CONTEXT:,} is the most that is read here."
@@ -123,16 +147,26 @@ def _decoder_config(found: Any, path: Path) -> DecoderConfig:
 def _spec(layers: Any, headers: dict[str, Any], cfg: DecoderConfig, path: Path) -> QuantSpec:
     if not isinstance(layers, dict):
         raise ConfigError(f"{path}: quantised_layers is missing.")
+    linears = {p.layer_name for p in parameter_table(cfg) if p.role is Role.linear}
     found = []
     for name, layer in layers.items():
+        if name not in linears:
+            raise ConfigError(f"{path}: quantised_layers has {shown(name)}, which is no linear layer of the model.")
         shape = headers.get(f"{name}.scale", (None, ()))[1]
         if not isinstance(layer, dict) or set(layer) != {"scheme", "activation_bits"} or len(shape) != 1:
             raise ConfigError(f"{path}: quantised_layers.{name} is damaged.")
-        if layer["scheme"] not in ("ternary", "binary"):
-            raise ConfigError(f"{path}: quantised_layers.{name}.scheme is {layer['scheme']!r}.")
-        found.append((name, LayerQuant(layer["scheme"], groups=shape[0], activation_bits=layer["activation_bits"])))
+        scheme, bits = layer["scheme"], layer["activation_bits"]
+        if scheme not in ("ternary", "binary") or bits not in (None, 8) or not shape[0]:
+            raise ConfigError(
+                f"{path}: quantised_layers.{name} has scheme={short_repr(scheme)}, {shape[0]} scales and "
+                f"activation_bits={short_repr(bits)}, which is not known here."
+            )
+        found.append((name, LayerQuant(scheme, groups=shape[0], activation_bits=bits)))
     spec = QuantSpec(FLOAT, tuple(found))
-    check_spec(cfg, spec)
+    try:
+        check_spec(cfg, spec)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return spec
 
 
@@ -141,7 +175,7 @@ def _check_header(
 ) -> None:
     infos = packed_infos(cfg, spec, export)
     for name in sorted(set(infos) ^ set(headers)):
-        raise ConfigError(f"{path}: {name} is {'missing' if name in infos else 'not part of the model'}.")
+        raise ConfigError(f"{path}: {shown(name)} is {'missing' if name in infos else 'not part of the model'}.")
     types = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
     for name, info in infos.items():
         if headers[name] != (types[info.dtype], info.shape):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
+from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import windows_loss
 from bitnet_train.export.canonical import CanonicalCheckpoint
@@ -13,7 +13,7 @@ from bitnet_train.export.config import ExportDtype
 from bitnet_train.export.folder import read_json
 from bitnet_train.export.held_out import HeldOut
 from bitnet_train.export.own_reader import check_codes, check_text
-from bitnet_train.export.packed.reader import PackedModel, read_packed
+from bitnet_train.export.packed.reader import PackedModel, read_packed, read_packed_tokenizer
 from bitnet_train.export.packed.writer import NAME
 from bitnet_train.export.report import VerificationReport
 
@@ -45,7 +45,7 @@ def verify_packed(
         report.add(
             "unquantised tensors", f"{len(differing)} of {len(names)} differ", f"exact to {dtype.value}", not differing
         )
-        report.guarded("tokenizer", lambda: check_text(report, load_tokenizer(folder), tokenizer, held_out))
+        report.guarded("tokenizer", lambda v=model.cfg.vocab: _check_tokenizer(report, folder, v, tokenizer, held_out))  # type: ignore[misc]
         report.guarded(
             "perplexity",
             lambda m=model, d=dtype: _perplexity(report, m, canonical, tokenizer, held_out, d),  # type: ignore[misc]
@@ -53,6 +53,12 @@ def verify_packed(
     report.seconds = time.monotonic() - started
     report.save(folder)
     return report
+
+
+def _check_tokenizer(
+    report: VerificationReport, folder: Path, vocab: int, tokenizer: TextTokenizer, held_out: HeldOut
+) -> None:
+    check_text(report, read_packed_tokenizer(folder, vocab), tokenizer, held_out)
 
 
 def _layer(model: PackedModel, name: str) -> tuple[str, int | None]:

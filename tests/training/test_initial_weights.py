@@ -1,0 +1,39 @@
+"""``init.from`` on the command line: saved as a run, exported again, trained on, continued."""
+
+from tests.training.conftest import Workspace
+
+
+def test_a_run_starts_from_an_export_and_goes_on(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=6")[0] == 0
+    code, output = workspace.run("command=export", "run=runs/a", "export.formats=[hf-master]")
+    assert code == 0, output
+    start = "init.from=runs/a/export/hf-master"
+    code, output = workspace.run(start, "run_name=b", "trainer.max_steps=0")
+    assert code == 0, output
+    assert "init: master weights of runs/a/export/hf-master" in output
+    code, output = workspace.run("command=export", "run=runs/b", "export.formats=[hf-master]")
+    assert code == 0, output
+    paths = [workspace.folder / "runs" / run / "export/hf-master/model.safetensors" for run in "ab"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    code, output = workspace.run(start, "run_name=b", "trainer.max_steps=0")
+    assert code == 0
+    assert "nothing left to train" in output
+    # The same run trains on from the imported weights, and is continued like any other.
+    code, output = workspace.run(start, "run_name=b", "trainer.max_steps=3", "schedule=constant")
+    assert code == 2
+    assert "schedule" in output
+    code, output = workspace.run(start, "run_name=b", "trainer.max_steps=3")
+    assert code == 0, output
+    assert "steps 0 to 3" in output
+    assert float(workspace.rows("b")[0]["train/loss"]) < float(workspace.rows("a")[0]["train/loss"])
+    code, output = workspace.run(start, "run_name=b", "trainer.max_steps=5")
+    assert code == 0, output
+    assert "steps 3 to 5" in output
+    for settings, sentence in (
+        (("init.from=runs/a", "model.layers=3"), "is of another model: set model.layers=2."),
+        (("trainer.max_steps=0",), "or 0 with init.from="),
+    ):
+        code, output = workspace.run("run_name=e", *settings)
+        assert code == 2
+        assert sentence in output
+        assert "Traceback" not in output
