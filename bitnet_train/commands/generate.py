@@ -7,6 +7,7 @@ from bitnet_train.config import Config
 from bitnet_train.evaluation.config import GenerateConfig
 from bitnet_train.evaluation.generate import generate_text, generate_texts
 from bitnet_train.evaluation.sampling import Sampling
+from bitnet_train.nn.code_cache import pack_kept_codes
 
 
 def run(cfg: Config) -> int:
@@ -20,6 +21,7 @@ def run(cfg: Config) -> int:
         text = read_text(Path(options.prompts_file), "generate.prompts_file")
         prompts = [line for line in text.splitlines() if line]
     model = load_model(cfg)
+    pack_kept_codes(model.decoder)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     if len(prompts) == 1:
         _stream(model, options, prompts[0], sampling)

@@ -66,6 +66,17 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"{path} is damaged ({reason}): export again."
 
 
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """A context manager that makes a ValueError of a panic in a library written in Rust, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(shown(str(error))) from None
+
+
 def shown(name: str) -> str:
     """A name out of a file of unknown origin, fit for a sentence: as it is, unless it is endless or breaks the line."""
     return name if name.isprintable() and len(name) <= LONGEST_NAME else reprlib.repr(name)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bitnet_train.errors import ConfigError
 from bitnet_train.kernels.config import unknown_backend
 from bitnet_train.quant.activations import TokenCodes
+from bitnet_train.quant.packing import unpack_quarters
 from bitnet_train.quant.spec import LayerQuant
 from bitnet_train.quant.weights import Codes
 
@@ -24,11 +25,24 @@ class Quantised(NamedTuple):
 
 class WeightCodes(NamedTuple):
     """Weights as a matmul wants them: codes int8 (N, K), a float32 scale per row (N,), and the codes once more in the
-    layout of the backward (see :meth:`Backend.backward_layout`), or None."""
+    layout of the backward (see :meth:`Backend.backward_layout`), or None.
+
+    In a model that is only read from, codes may be packed four to a byte, uint8 (N, ceil(K / 4)), by
+    :func:`bitnet_train.quant.packing.pack_quarters`.
+    """
 
     codes: Tensor
     row_scale: Tensor
     backward: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the codes are packed."""
+        return self.codes.dtype is torch.uint8
+
+    def unpacked(self, columns: int) -> "WeightCodes":
+        """The same with codes int8 (N, ``columns``)."""
+        return self._replace(codes=unpack_quarters(self.codes, columns)) if self.packed else self
 
 
 class Backend(Protocol):

@@ -115,6 +115,12 @@ def shared_bit_linear(
             stream if norm_weight is None else rms_norm(stream, norm_weight, norm_eps)[0],
             bias, *weights, rows, out_dtype, backend, gradient, *masters,
         )  # fmt: skip
+    elif not torch.is_grad_enabled():
+        # What _BitLinear computes, without the bookkeeping that costs as much as a small matmul.
+        read = flat if flat_gate is None else gated(flat_gate, flat, activation)
+        codes_x, stream, _ = backend.quantise(read, flat_delta, norm_weight, norm_eps)
+        y = backend.matmul(codes_x, weights, bias, out_dtype)
+        parts = list(torch.split(y, rows, dim=1)) if len(rows) > 1 else [y]
     else:
         stream, *parts = _BitLinear.apply(
             flat,

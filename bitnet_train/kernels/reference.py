@@ -58,6 +58,7 @@ class ReferenceBackend:
 
     def matmul(self, x: TokenCodes, w: WeightCodes, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         check_width(x.codes)
+        w = w.unpacked(x.codes.shape[-1])
         product = self.integer_product(x.codes, w.codes) * x.scale * w.row_scale
         return (product if bias is None else product + bias.float()).to(out_dtype)
 

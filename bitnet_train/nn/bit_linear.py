@@ -17,6 +17,7 @@ from bitnet_train.kernels.gating import gated
 from bitnet_train.kernels.op import compute_dtype, shared_bit_linear
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import residual_sum, rms_norm
+from bitnet_train.quant.packing import unpack_quarters
 from bitnet_train.quant.spec import GradientPolicy, LayerQuant
 from bitnet_train.quant.weights import Codes
 
@@ -81,6 +82,8 @@ class BitLinear(nn.Linear):
 
     def quantised(self) -> Codes:
         """Codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
+        if self.codes is not None and self.codes.dtype is torch.uint8 and self.scale is not None:
+            return Codes(unpack_quarters(self.codes, self.in_features), self.scale)
         return self.kept or self.choose_backend(self.weight.device).quantise_weight(self.weight, self.quant)
 
     def choose_backend(self, device: torch.device) -> Backend:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitnet_train.kernels.backend import WeightCodes
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, stack_codes
+from bitnet_train.quant.packing import pack_quarters
 from bitnet_train.quant.weights import Codes
 
 
@@ -191,3 +192,22 @@ def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
             for layer, part, _, _ in _parts(shared):
                 assert layer.scale is not None
                 layer.keep(Codes(part, layer.scale))
+
+
+def pack_kept_codes(model: nn.Module) -> None:
+    """Pack the codes of a model without master weights (:func:`keep_codes`) four to a byte, for generation.
+
+    A quarter of the memory, and of what is read for every token; the results are the same bit for bit. Layers that
+    take float inputs, and those whose input several layers of different kinds read, stay as they are.
+    """
+    for shared in model.modules():
+        if not isinstance(shared, SharedInput) or not shared.stackable or shared.kept is None or shared.kept.packed:
+            continue
+        if shared.bit_layers[0].quant.activation_bits is None or any(
+            layer.weight.numel() for layer in shared.bit_layers
+        ):
+            continue
+        shared.keep(WeightCodes(pack_quarters(shared.kept.codes), shared.kept.row_scale))
+        for layer, part, _, _ in _parts(shared):
+            assert layer.scale is not None
+            layer.keep(Codes(part, layer.scale))

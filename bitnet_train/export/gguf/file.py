@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ MAGIC = b"GGUF"
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 ALIGNMENT_KEY = "general.alignment"
+# No key or tensor has a longer name.
+LONGEST_NAME = 256
 # Dimensions that a tensor has at most in ggml.
 MOST_DIMENSIONS = 4
 
@@ -74,14 +77,14 @@ class GgufFile:
             raise self.damaged(f"{tensors:,} tensors and {keys:,} keys do not fit into it")
         self.metadata: dict[str, Any] = {}
         for _ in range(keys):
-            key = self._string()
+            key = self._name()
             self.metadata[key] = self._value(self._take("<I"), key)
         alignment = self.metadata.get(ALIGNMENT_KEY, 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise self.damaged(f"{ALIGNMENT_KEY} is {alignment!r}")
+            raise self.damaged(f"{ALIGNMENT_KEY} is {short_repr(alignment)}")
         found: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for _ in range(tensors):
-            name, count = self._string(), self._take("<I")
+            name, count = self._name(), self._take("<I")
             if not 1 <= count <= MOST_DIMENSIONS:
                 raise self.damaged(f"{name} has {count} dimensions")
             shape = tuple(reversed([self._take("<Q") for _ in range(count)]))
@@ -100,6 +103,12 @@ class GgufFile:
         value = struct.unpack(layout, self._bytes[self._at : self._at + size].tobytes())[0]
         self._at += size
         return value
+
+    def _name(self) -> str:
+        name = self._string()
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise self.damaged("it has a name that is none")
+        return name
 
     def _string(self) -> str:
         size = self._take("<Q")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, cast
 
 import torch
@@ -100,14 +101,16 @@ def read_gguf(path: Path, device: torch.device | str = "cpu") -> GgufModel:
 
 def _decoder_config(file: GgufFile) -> DecoderConfig:
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise ConfigError(f"{file.path}: the architecture is {arch!r}; only {', '.join(ARCHITECTURES)} are read here.")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise ConfigError(
+            f"{file.path}: the architecture is {short_repr(arch)}; only {', '.join(ARCHITECTURES)} are read here."
+        )
     norms, activation = ARCHITECTURES[arch]
 
     def number(key: str, kind: type) -> Any:
         value: Any = file.metadata.get(f"{arch}.{key}")
         if type(value) is not kind or not math.isfinite(cast(float, value)):
-            raise ConfigError(f"{file.path}: {arch}.{key} is {value!r}, which is no {kind.__name__}.")
+            raise ConfigError(f"{file.path}: {arch}.{key} is {short_repr(value)}, which is no {kind.__name__}.")
         return value
 
     cfg = DecoderConfig(

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
-from bitnet_train.export.folder import shown
+from bitnet_train.export.folder import panics_as_errors, shown
 
 # Token types of llama.h.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -92,12 +92,15 @@ def tokenizer_from_metadata(metadata: dict[str, Any]) -> TextTokenizer:
         if not all(type(index) is int and 0 <= index < len(tokens) for index in (bos, eos)):
             raise ValueError(f"bos {short_repr(bos)}, eos {short_repr(eos)}")
         vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-        tokenizer.pre_tokenizer = _pre_tokenizer(name)
-        tokenizer.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, types, strict=True):
-            if kind in (CONTROL, USER_DEFINED):
-                tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
+        if not {tokens[bos], tokens[eos]} <= vocabulary.keys():
+            raise ValueError("bos or eos is an unused token")
+        with panics_as_errors():
+            tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+            tokenizer.pre_tokenizer = _pre_tokenizer(name)
+            tokenizer.decoder = decoders.ByteLevel()
+            for token, kind in zip(tokens, types, strict=True):
+                if kind in (CONTROL, USER_DEFINED):
+                    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
         return TextTokenizer(tokenizer, bos, eos)
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(

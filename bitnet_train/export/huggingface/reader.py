@@ -20,7 +20,7 @@ from torch import Tensor
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
-from bitnet_train.export.folder import read_json, shown, unreadable
+from bitnet_train.export.folder import panics_as_errors, read_json, shown, unreadable
 from bitnet_train.export.huggingface.model_config import hf_name
 from bitnet_train.export.huggingface.variant import Storage, Variant
 from bitnet_train.export.huggingface.writer import WEIGHTS, direct_scale, tensor_infos
@@ -284,7 +284,10 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
     vocab = _field(config, "vocab_size", int, folder / "config.json")
     read_json(path, TOKENIZER_BYTES)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_file(str(path))
+        if not tokenizer.get_vocab_size():
+            raise ValueError("its vocabulary is empty")
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(unreadable(path, error)) from None
     bos = _field(config, "bos_token_id", int, folder / "config.json")

@@ -16,7 +16,7 @@ from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig, ExportDtype, Packing
-from bitnet_train.export.folder import read_json, shown, unreadable
+from bitnet_train.export.folder import panics_as_errors, read_json, shown, unreadable
 from bitnet_train.export.packed.layout import unpack_codes
 from bitnet_train.export.packed.writer import FORMAT, VERSION, WEIGHTS, packed_infos
 from bitnet_train.kernels.backend import Backend
@@ -35,6 +35,8 @@ class PackedModel:
     spec: QuantSpec
     codes: dict[str, Codes]
     tensors: dict[str, Tensor]
+    # The type that the tensors had in the file.
+    dtype: ExportDtype
 
     def decoder(self, backend: Backend | None = None) -> Decoder:
         """A float32 Decoder in eval mode."""
@@ -60,8 +62,11 @@ def load_packed(
 def read_packed_tokenizer(folder: Path, vocab: int) -> TextTokenizer:
     """The tokenizer of a folder. Raises ConfigError when it is damaged or does not fit a model of ``vocab`` ids."""
     try:
-        tokenizer = load_tokenizer(folder)
-    except ConfigError as error:
+        with panics_as_errors():
+            tokenizer = load_tokenizer(folder)
+        if not tokenizer.tokenizer.get_vocab_size():
+            raise ValueError(f"{folder} holds a tokenizer without any token.")
+    except (ConfigError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     config, ids = read_json(folder / "config.json"), (tokenizer.bos_id, tokenizer.eos_id)
     if tokenizer.vocab_size > vocab or not all(0 <= index < vocab for index in ids):
@@ -117,7 +122,7 @@ def read_packed(folder: Path, device: torch.device | str = "cpu") -> PackedModel
         raise ConfigError(f"{weights}: {error}.") from None
     except (OSError, SafetensorError) as error:
         raise ConfigError(unreadable(weights, error)) from None
-    return PackedModel(cfg, spec, codes, tensors)
+    return PackedModel(cfg, spec, codes, tensors, export.dtype)
 
 
 def _decoder_config(found: Any, path: Path) -> DecoderConfig:

@@ -10,12 +10,12 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import windows_loss
 from bitnet_train.export.canonical import CanonicalCheckpoint
 from bitnet_train.export.config import ExportDtype
-from bitnet_train.export.folder import read_json
 from bitnet_train.export.held_out import HeldOut
 from bitnet_train.export.own_reader import check_codes, check_text
 from bitnet_train.export.packed.reader import PackedModel, read_packed, read_packed_tokenizer
 from bitnet_train.export.packed.writer import NAME
 from bitnet_train.export.report import VerificationReport
+from bitnet_train.nn.layout import quantised_layers
 
 PERPLEXITY_TOLERANCE = {ExportDtype.float32: 1e-6, ExportDtype.bfloat16: 0.01}
 
@@ -34,36 +34,43 @@ def verify_packed(
     models: list[PackedModel] = []
     report.guarded("loads", lambda: models.append(read_packed(folder)))
     for model in models:
-        dtype = ExportDtype(read_json(folder / "config.json")["dtype"])
-        report.add("config: model", str(model.cfg == canonical.cfg), "equal", model.cfg == canonical.cfg)
-        wrong = [n for n, q in canonical.quantised.items() if _layer(model, n) != (q.scheme, q.activation_bits)]
-        report.add("config: quantised layers", f"{len(wrong)} differ", "0 differ", not wrong)
-        report.guarded("codes and scales", lambda m=model: check_codes(report, canonical, m.codes))  # type: ignore[misc]
-        number_type = getattr(torch, dtype.value)
-        names = canonical.tensor_names
-        differing = [n for n in names if not torch.equal(model.tensors[n], canonical.tensor(n).to(number_type).float())]
-        report.add(
-            "unquantised tensors", f"{len(differing)} of {len(names)} differ", f"exact to {dtype.value}", not differing
-        )
-        report.guarded("tokenizer", lambda v=model.cfg.vocab: _check_tokenizer(report, folder, v, tokenizer, held_out))  # type: ignore[misc]
-        report.guarded(
-            "perplexity",
-            lambda m=model, d=dtype: _perplexity(report, m, canonical, tokenizer, held_out, d),  # type: ignore[misc]
-        )
+        _compare(report, folder, model, canonical, tokenizer, held_out)
     report.seconds = time.monotonic() - started
     report.save(folder)
     return report
 
 
-def _check_tokenizer(
-    report: VerificationReport, folder: Path, vocab: int, tokenizer: TextTokenizer, held_out: HeldOut
+def _compare(
+    report: VerificationReport,
+    folder: Path,
+    model: PackedModel,
+    canonical: CanonicalCheckpoint,
+    tokenizer: TextTokenizer,
+    held_out: HeldOut,
 ) -> None:
-    check_text(report, read_packed_tokenizer(folder, vocab), tokenizer, held_out)
+    report.add("config: model", str(model.cfg == canonical.cfg), "equal", model.cfg == canonical.cfg)
+    layers = {name: (q.scheme, q.activation_bits) for name, q in canonical.quantised.items()}
+    found = {name: (q.scheme, q.activation_bits) for name, q in quantised_layers(model.cfg, model.spec).items()}
+    wrong = [name for name in layers.keys() | found.keys() if layers.get(name) != found.get(name)]
+    report.add("config: quantised layers", f"{len(wrong)} differ", "0 differ", not wrong)
+    report.guarded("codes and scales", lambda: check_codes(report, canonical, model.codes))
+    report.guarded("unquantised tensors", lambda: _tensors(report, model, canonical))
+
+    def text() -> None:
+        check_text(report, read_packed_tokenizer(folder, model.cfg.vocab), tokenizer, held_out)
+
+    report.guarded("tokenizer", text)
+    report.guarded("perplexity", lambda: _perplexity(report, model, canonical, tokenizer, held_out))
 
 
-def _layer(model: PackedModel, name: str) -> tuple[str, int | None]:
-    layer = model.spec.for_layer(name)
-    return layer.scheme, layer.activation_bits
+def _tensors(report: VerificationReport, model: PackedModel, canonical: CanonicalCheckpoint) -> None:
+    number_type, wrong = getattr(torch, model.dtype.value), []
+    for name in canonical.tensor_names:
+        there = model.tensors.get(name)
+        if there is None or not torch.equal(there, canonical.tensor(name).to(number_type).float()):
+            wrong.append(name)
+    measured = f"{len(wrong)} of {len(canonical.tensor_names)} differ" + (f", {wrong[0]}" if wrong else "")
+    report.add("unquantised tensors", measured, f"exact to {model.dtype.value}", not wrong)
 
 
 def _perplexity(
@@ -72,11 +79,10 @@ def _perplexity(
     canonical: CanonicalCheckpoint,
     tokenizer: TextTokenizer,
     held_out: HeldOut,
-    dtype: ExportDtype,
 ) -> None:
     lengths = tokenizer.byte_lengths()
     mine = windows_loss(canonical.decoder(), held_out.batches(), lengths).perplexity
     other = windows_loss(model.decoder(), held_out.batches(), lengths).perplexity
-    difference, allowed = abs(other / mine - 1), PERPLEXITY_TOLERANCE[dtype]
+    difference, allowed = abs(other / mine - 1), PERPLEXITY_TOLERANCE[model.dtype]
     measured = f"{difference:.3%}: {other:.4f} against {mine:.4f} on {len(held_out.ids) - 1:,} tokens"
     report.add("held-out perplexity", measured, f"{allowed:.4%}", difference <= allowed)

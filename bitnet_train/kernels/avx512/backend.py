@@ -21,6 +21,8 @@ from bitnet_train.quant.activations import TokenCodes
 from bitnet_train.quant.spec import LayerQuant
 from bitnet_train.quant.weights import SCALE_FLOOR, Codes
 
+# Tokens up to which weights are unpacked in registers instead of in memory; the kernel takes no more.
+FEW_ROWS = 4
 # The types that the kernels read and write, as their enum Type numbers them.
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -63,6 +65,8 @@ class Avx512Backend(CpuBackend):
         if out_dtype not in TYPES:
             return super().matmul(x, w, bias, out_dtype)
         check_width(x.codes)
+        if w.packed:
+            return torch.ops.bitnet_train.avx512_packed_matmul(x.codes, x.scale, w.codes, w.row_scale, bias, out_dtype)
         product: Tensor = torch.ops.bitnet_train.avx512_matmul(x.codes, x.scale, w.codes, w.row_scale, bias, out_dtype)
         return product
 
@@ -148,6 +152,27 @@ def _matmul(
     # The kernel calls a right operand (N, K) transposed, as its plain form is (K, N).
     shape = (*out.shape, codes.shape[1])
     _call("int8_matmul", codes, codes_w, not transposed, scale, row_scale, bias, out, out_dtype, *shape)
+    return out
+
+
+@operator(
+    "avx512_packed_matmul(Tensor codes, Tensor scale, Tensor packed, Tensor row_scale, Tensor? bias,"
+    " ScalarType out_dtype) -> Tensor",
+    matmul_fake,
+    "CPU",
+)
+def _packed_matmul(
+    codes: Tensor, scale: Tensor, packed: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    (m, k), packed = codes.shape, packed.contiguous()
+    if m > FEW_ROWS:  # worth unpacking once, a layer at a time
+        codes_w = torch.empty(packed.shape[0], k, dtype=torch.int8)
+        _call("unpack_codes", packed, codes_w, *codes_w.shape)
+        return _matmul(codes, scale, codes_w, row_scale, bias, out_dtype)
+    out = matmul_fake(codes, scale, packed, row_scale, bias, out_dtype)
+    codes, scale, row_scale = codes.contiguous(), scale.contiguous(), row_scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    _call("packed_matmul", codes, packed, scale, row_scale, bias, out, out_dtype, *out.shape, k)
     return out
 
 

@@ -111,6 +111,34 @@ void few_rows(const int8_t* a, const float* scale, const int8_t* b, const Output
         }
 }
 
+// The same with b packed four codes to a byte: byte j of row c holds code + 1 of columns j, q + j, 2q + j and 3q + j.
+template <int M>
+void few_packed_rows(const int8_t* a, const float* scale, const uint8_t* b, const Output& o, int64_t k, int threads) {
+    const int64_t quarter = div_up(k, 4);
+    const __m512i two_bits = _mm512_set1_epi8(3);
+    // Every stored code is one too large, which adds the row's sum to each product.
+    int32_t surplus[M];
+    for (int row = 0; row < M; row++) surplus[row] = compensation(a + row * k, k) / -128;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < o.n; c++) {
+        __m512i acc[M];
+        for (int row = 0; row < M; row++) acc[row] = _mm512_setzero_si512();
+        for (int64_t j = 0; j < quarter; j += 64) {
+            const __m512i four = _mm512_maskz_loadu_epi8(first_bytes(quarter - j), b + c * quarter + j);
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) {
+                const int64_t column = part * quarter + j;
+                const __mmask64 mask = first_bytes(std::min(quarter - j, k - column));
+                const __m512i w = _mm512_and_si512(_mm512_srli_epi16(four, 2 * part), two_bits);
+                for (int row = 0; row < M; row++)
+                    acc[row] = _mm512_dpbusd_epi32(acc[row], w, _mm512_maskz_loadu_epi8(mask, a + row * k + column));
+            }
+        }
+        for (int row = 0; row < M; row++)
+            finish(o, scale[row], row, c, 1, _mm512_set1_epi32(_mm512_reduce_add_epi32(acc[row]) - surplus[row]));
+    }
+}
+
 // Row i of `grad` times by (n), as codes; returns their scale. `row` has room for n floats.
 float quantise_gradient_row(const Parts& grad, int64_t i, const float* by, int64_t n, float* row, int8_t* codes) {
     __m512i largest = _mm512_setzero_si512();
@@ -151,6 +179,34 @@ void int8_matmul(const int8_t* a, const int8_t* b, int64_t transposed, const flo
                            }
                            return (const int8_t*)buffer;
                        });
+}
+
+// As int8_matmul with b packed, for m of one to four.
+void packed_matmul(const int8_t* a, const uint8_t* b, const float* scale_a, const float* scale_b, const float* bias,
+                   void* out, int type, int64_t m, int64_t n, int64_t k, int threads) {
+    const Output o{scale_b, bias, out, type, n};
+    switch (m) {
+        case 1: return few_packed_rows<1>(a, scale_a, b, o, k, threads);
+        case 2: return few_packed_rows<2>(a, scale_a, b, o, k, threads);
+        case 3: return few_packed_rows<3>(a, scale_a, b, o, k, threads);
+        case 4: return few_packed_rows<4>(a, scale_a, b, o, k, threads);
+    }
+}
+
+// codes (n, k) of packed (n, ceil(k / 4)).
+void unpack_codes(const uint8_t* packed, int8_t* codes, int64_t n, int64_t k, int threads) {
+    const int64_t quarter = div_up(k, 4);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < n; c++)
+        for (int64_t j = 0; j < quarter; j += 64) {
+            const __m512i four = _mm512_maskz_loadu_epi8(first_bytes(quarter - j), packed + c * quarter + j);
+            for (int part = 0; part < 4; part++) {
+                const int64_t column = part * quarter + j;
+                const __m512i w = _mm512_and_si512(_mm512_srli_epi16(four, 2 * part), _mm512_set1_epi8(3));
+                _mm512_mask_storeu_epi8(codes + c * k + column, first_bytes(std::min(quarter - j, k - column)),
+                                        _mm512_sub_epi8(w, _mm512_set1_epi8(1)));
+            }
+        }
 }
 
 // out (m, n) = codes (m, k) @ b * scale of the code's row, of the codes of grad (m, k) * by (k); b as above.

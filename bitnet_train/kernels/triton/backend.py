@@ -74,6 +74,11 @@ class TritonBackend(ReferenceBackend):
         check_width(x.codes)
         if out_dtype is torch.float64:
             return super().matmul(x, w, bias, out_dtype)
+        if w.packed:
+            packed: Tensor = _kernels("matmul").int8_matmul_packed(
+                x.codes, w.codes, x.scale, w.row_scale, bias, out_dtype
+            )
+            return packed
         product: Tensor = torch.ops.bitnet_train.triton_matmul(x.codes, x.scale, w.codes, w.row_scale, bias, out_dtype)
         return product
 
