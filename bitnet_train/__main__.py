@@ -303,9 +303,10 @@ def on_a_run(job: Job) -> DictConfig:
         key = override.key_or_group
         if key == "recipe":
             continue
-        if key.replace("/", ".") in VARIANTS or key in ("quant", "model", "data"):
+        variant = key.replace("/", ".") in VARIANTS
+        if (variant or key in ("quant", "model", "data")) and not may_change(key):
             raise ConfigError(f"{key}= cannot be changed with command={command}: {folder} was trained with its own.")
-        OmegaConf.update(saved, key, OmegaConf.select(node, key))
+        OmegaConf.update(saved, key, OmegaConf.select(node, key), merge=not variant)
     saved.command, saved.run = node.command, str(folder)
     return saved
 

@@ -16,6 +16,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.export.held_out import documents
+from bitnet_train.training.config import WandbLogger
 from bitnet_train.training.run_folder import write_atomically
 
 # Tokens per forward.
@@ -42,11 +43,29 @@ def run(cfg: Config) -> int:
         results["text"] = _measure_text(cfg, model, console)
     if cfg.evaluate.tasks:
         results["tasks"] = _run_tasks(cfg, model, console)
+    _log(cfg, model, results, console)
     try:
         write_atomically(folder / RESULT_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         console.print(f"{folder / RESULT_FILE} is not written: {error.strerror}")
     return 0
+
+
+def _log(cfg: Config, model: LoadedModel, results: dict[str, Any], console: Console) -> None:
+    """To the run's Weights & Biases curve, when it has one."""
+    if not isinstance(cfg.logger, WandbLogger) or model.run is None:
+        return
+    from bitnet_train.training.loggers.wandb import build_wandb
+
+    scores = {
+        f"tasks/{task}/{name}": v for task, found in results.get("tasks", {}).items() for name, v in found.items()
+    }
+    text = {f"evaluate/{key}": results["text"][key] for key in ("loss", "bits_per_byte")} if "text" in results else {}
+    folder = model.run.folder.path
+    logger, where = build_wandb(cfg.logger, cfg.run_name or folder.name, folder, {})
+    logger.log_metrics({**scores, **text}, model.run.canonical.step)
+    logger.finalize("success")
+    console.print(where, markup=False)
 
 
 def _run_tasks(cfg: Config, model: LoadedModel, console: Console) -> dict[str, Any]:

@@ -18,11 +18,15 @@ PROBE = "Def  héllo\n\t\tworld 你好 \U0001f600."
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A ``tokenizers.Tokenizer`` with the ids of the tokens that start a document and end a generation."""
+    """A ``tokenizers.Tokenizer`` with the ids of the tokens that start a document and end a generation.
+
+    ``chat_template`` (Jinja, as transformers writes it) turns messages into text; it is handed on with exports.
+    """
 
     tokenizer: Tokenizer
     bos_id: int
     eos_id: int
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         # Text is data: a document that mentions "<|endoftext|>" does not end there.
@@ -62,7 +66,10 @@ class TextTokenizer:
         """Writes tokenizer.json and the special ids, which :func:`load_tokenizer` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / SPECIALS_FILE).write_text(json.dumps({"bos_id": self.bos_id, "eos_id": self.eos_id}) + "\n")
+        content: dict[str, int | str] = {"bos_id": self.bos_id, "eos_id": self.eos_id}
+        if self.chat_template is not None:
+            content["chat_template"] = self.chat_template
+        (folder / SPECIALS_FILE).write_text(json.dumps(content) + "\n")
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
@@ -70,7 +77,8 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     try:
         specials = json.loads((folder / SPECIALS_FILE).read_text())
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return TextTokenizer(tokenizer, int(specials["bos_id"]), int(specials["eos_id"]))
+        template = specials.get("chat_template")
+        return TextTokenizer(tokenizer, int(specials["bos_id"]), int(specials["eos_id"]), template)
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{folder} holds no readable tokenizer ({error}).") from None
 
@@ -124,7 +132,8 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
         if index is None:
             raise ConfigError(f"data.tokenizer.{key}={token} is not in the vocabulary of {cfg.source}.")
         ids[key] = index
-    text_tokenizer = TextTokenizer(tokenizer, ids["bos"], ids["eos"])
+    template = read_chat_template(path) if path.is_dir() else None
+    text_tokenizer = TextTokenizer(tokenizer, ids["bos"], ids["eos"], template)
     size = text_tokenizer.vocab_size
     if size > cfg.vocab_size:
         raise ConfigError(
@@ -138,6 +147,22 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
             "could not be counted: choose a byte-level one."
         )
     return text_tokenizer
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a ``transformers`` folder, in chat_template.jinja or tokenizer_config.json, or None.
+
+    Of several named ones the default is taken.
+    """
+    try:
+        if (folder / "chat_template.jinja").is_file():
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(found, list):
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def build_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> TextTokenizer:

@@ -42,6 +42,9 @@ def check_text(report: VerificationReport, theirs: TextTokenizer, ours: TextToke
     for key in ("bos_id", "eos_id"):
         found, wanted = getattr(theirs, key), getattr(ours, key)
         report.add(f"config: tokenizer.{key}", str(found), f"= {wanted}", found == wanted)
+    same_template = theirs.chat_template == ours.chat_template
+    measured = "equal" if same_template else "another"
+    report.add("config: tokenizer.chat_template", measured, "as in the run", same_template)
     texts = documents(held_out.ids, ours)
     ids = ours.encode_batch(texts)
     found_ids = theirs.encode_batch(texts)

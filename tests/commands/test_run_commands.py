@@ -14,7 +14,7 @@ from bitnet_train.data.prepare import prepare, shard_folder
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError, VerificationError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
-from bitnet_train.export import verify
+from bitnet_train.export import rules
 from bitnet_train.nn.config import DecoderConfig
 from bitnet_train.quant.config import ActivationQuantConfig, QuantConfig, WeightQuantConfig, WeightScheme
 from bitnet_train.quant.spec import build_spec
@@ -79,10 +79,22 @@ def test_export_writes_measures_and_verifies(do: Do, config: Config) -> None:
     assert "FAILED" not in out
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "special_tokens_map.json", "verification.json",
+        "special_tokens_map.json", "bitnet_train.json", "README.md", "verification.json",
     }  # fmt: skip
     assert json.loads((folder / "verification.json").read_text())["passed"] is True
     assert "FAILED" not in do(Command.verify)
+
+
+def test_export_writes_every_format_that_fits_and_says_why_not_the_others(do: Do, config: Config) -> None:
+    pytest.importorskip("transformers")
+    out = do(Command.export)
+    written = {folder.name for folder in (Path(str(config.run)) / "export").iterdir()}
+    assert written == {"hf-packed", "hf-master", "hf-dense", "packed"}
+    assert "gguf-i2_s left out: its rows are whole blocks of 128 weights" in " ".join(out.split())
+    for name in written:
+        assert f"export/{name} (step 7)" in out
+        report = json.loads((Path(str(config.run)) / "export" / name / "verification.json").read_text())
+        assert (report["format"], report["passed"]) == (name, True)
 
 
 def test_verify_rejects_an_edited_export(do: Do, export: Path) -> None:
@@ -108,17 +120,34 @@ def test_verify_without_an_export(do: Do, config: Config) -> None:
         do(Command.verify)
 
 
-def test_export_without_transformers_writes_nothing(do: Do, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install"):
+def test_export_without_transformers_writes_what_needs_none(
+    do: Do, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    out = " ".join(do(Command.export).split())
+    assert "hf-packed left out: it is verified with transformers and accelerate, not installed here: pip install" in out
+    assert [folder.name for folder in (Path(str(config.run)) / "export").iterdir()] == ["packed"]
+
+
+def test_a_named_format_without_its_consumer_writes_nothing(
+    do: Do, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    config.export.formats = ["packed", "hf-packed"]
+    with pytest.raises(ConfigError, match=r"export\.formats: hf-packed: .* pip install"):
         do(Command.export)
     assert not (Path(str(config.run)) / "export").exists()
 
 
-def test_a_model_that_no_format_holds_is_named(do: Do, config: Config) -> None:
-    config.quant = QuantConfig(WeightQuantConfig(groups=4))
-    with pytest.raises(ConfigError, match="hf-packed: it holds one scale per tensor"):
+def test_a_format_that_cannot_hold_the_model_is_named(do: Do, config: Config) -> None:
+    config.quant, config.export.formats = QuantConfig(WeightQuantConfig(groups=4)), ["hf-packed"]
+    with pytest.raises(ConfigError, match="hf-packed cannot hold this model: it holds one scale per tensor"):
         do(Command.export)
+    assert not (Path(str(config.run)) / "export").exists()
+    config.export.formats = None
+    out = " ".join(do(Command.export).split())
+    assert "hf-packed left out: it holds one scale per tensor" in out
+    assert {folder.name for folder in (Path(str(config.run)) / "export").iterdir()} >= {"packed"}
 
 
 def test_evaluate_measures_run_and_export_alike(do: Do, export: Path, config: Config) -> None:

@@ -1,8 +1,9 @@
 """Small runs to export: a random decoder with uneven norms, saved as a training checkpoint is."""
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,29 @@ from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.export.canonical import CanonicalCheckpoint, open_checkpoint
-from bitnet_train.export.config import ExportDtype
-from bitnet_train.export.huggingface import STEP_KEY, write_huggingface
+from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.held_out import HeldOut
 from bitnet_train.export.report import VerificationReport
-from bitnet_train.export.verify import HeldOut, verify_huggingface
+from bitnet_train.export.rules import FORMAT_RULES
+from bitnet_train.export.writers import FORMATS, Job
 from bitnet_train.nn.config import Activation, DecoderConfig, NormalInit, Norms
+from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 from tests.conftest import make_text
 
-# The kinds of model that the format holds: fields of DecoderConfig, and the quantisation.
+LLAMA = {"norms": Norms.pre, "activation": Activation.silu, "kv_heads": 2}
+SILU = {"activation": Activation.silu, "kv_heads": 2}
+# What llama.cpp's ternary blocks of 256 weights and I2_S's of 128 need.
+WIDE = {"hidden": 256, "ffn": 256}
+HALF_WIDE = {"hidden": 128, "ffn": 128}
+
+# Kinds of model: fields of DecoderConfig, and the quantisation.
 KINDS: dict[str, tuple[dict[str, Any], QuantSpec]] = {
     "2b4t": ({}, QuantSpec()),
     "silu": ({"activation": Activation.silu}, QuantSpec()),
     "gqa untied": ({"kv_heads": 2, "tie_embeddings": False}, QuantSpec()),
-    "llama": ({"norms": Norms.pre, "activation": Activation.silu, "kv_heads": 2}, QuantSpec()),
+    "llama": (LLAMA, QuantSpec()),
     "llama relu2 untied": ({"norms": Norms.pre, "tie_embeddings": False}, QuantSpec()),
     "binary": ({}, QuantSpec(LayerQuant("binary"))),
     "mixed": (
@@ -37,6 +46,31 @@ KINDS: dict[str, tuple[dict[str, Any], QuantSpec]] = {
             (("layers.1.mlp.*", FLOAT), ("*.k_proj", FLOAT), ("*.v_proj", LayerQuant("binary"))),
         ),
     ),
+    "some float": (LLAMA, QuantSpec(LayerQuant(), (("layers.1.mlp.*", FLOAT), ("*.k_proj", FLOAT)))),
+    "groups": ({}, QuantSpec(LayerQuant(groups=4))),
+    "rows": ({"kv_heads": 2}, QuantSpec(LayerQuant(groups="row"))),
+    "float inputs": ({}, QuantSpec(LayerQuant(activation_bits=None))),
+    "unquantised": ({}, QuantSpec(FLOAT)),
+    "wide silu": ({**SILU, **WIDE}, QuantSpec()),
+    "wide llama": ({**LLAMA, **WIDE}, QuantSpec()),
+    "wide llama untied": ({**LLAMA, **WIDE, "tie_embeddings": False}, QuantSpec()),
+    "wide groups": ({**LLAMA, **WIDE}, QuantSpec(LayerQuant(groups=2))),
+    # Their scales move with the rows that rotary positions move.
+    "wide llama rows": ({**LLAMA, **WIDE}, QuantSpec(LayerQuant(groups="row"))),
+    "wide rows": ({**SILU, **WIDE}, QuantSpec(LayerQuant(groups="row"))),
+    "wide binary": ({**SILU, **WIDE}, QuantSpec(LayerQuant("binary"))),
+    "wide mixed": (
+        {**LLAMA, **WIDE},
+        QuantSpec(LayerQuant(threshold=0.7), (("layers.1.mlp.*", FLOAT), ("*.k_proj", FLOAT))),
+    ),
+    "half wide 2b4t": (HALF_WIDE, QuantSpec()),
+    "half wide silu": ({**SILU, **HALF_WIDE}, QuantSpec()),
+    "half wide llama": ({**LLAMA, **HALF_WIDE, "tie_embeddings": False}, QuantSpec()),
+    "half wide odd numbers": (
+        {**SILU, **HALF_WIDE, "norm_eps": 1.2345678e-6, "rope_theta": 1234567.0, "context": 77},
+        QuantSpec(),
+    ),
+    "half wide mixed": (HALF_WIDE, QuantSpec(LayerQuant("binary"), (("layers.0.*", FLOAT),))),
 }  # fmt: skip
 
 
@@ -44,6 +78,16 @@ def decoder_config(**fields: Any) -> DecoderConfig:
     """A decoder of hidden 64 and 2 blocks; the vocabulary has ids that the tokenizer does not use."""
     shape = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 4, "ffn": 96, "context": 128, "vocab": 416}
     return DecoderConfig(**{**shape, **fields})
+
+
+def held_by(format_name: str, **options: Any) -> list[str]:
+    """The kinds that a format can hold, by its rule."""
+    rule = FORMAT_RULES[format_name]
+    return [
+        k
+        for k, (fields, spec) in KINDS.items()
+        if rule(decoder_config(**fields), spec, ExportConfig(**options)) is None
+    ]
 
 
 @dataclass
@@ -55,14 +99,46 @@ class SmallRun:
     tokenizer: TextTokenizer
     held_out: HeldOut
 
-    def write(self, folder: Path, dtype: ExportDtype = ExportDtype.float32) -> Path:
+    def job(self, **options: Any) -> Job:
+        """What is exported; ``options`` are fields of ExportConfig."""
+        return Job(self.canonical, self.tokenizer, "small", ExportConfig(**options))
+
+    def write(self, folder: Path, format_name: str = "hf-packed", **options: Any) -> Path:
         """The export, in ``folder``."""
-        write_huggingface(self.canonical, self.tokenizer, folder, dtype)
+        FORMATS[format_name].write(self.job(**options), folder)
         return folder
 
-    def verify(self, folder: Path) -> VerificationReport:
-        """Its verification with the real transformers."""
-        return verify_huggingface(folder, self.canonical, self.tokenizer, self.held_out)
+    def verify(self, folder: Path, format_name: str = "hf-packed", **options: Any) -> VerificationReport:
+        """Its verification with the consumer of its format."""
+        return FORMATS[format_name].verify(self.job(**options), folder, self.held_out)
+
+    @torch.no_grad()
+    def logits(self, decoder: Decoder) -> Tensor:
+        """Of two windows of held-out tokens."""
+        return decoder(self.held_out.ids[:64].reshape(2, 32))
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export on disk, with the run and the options that it was made from."""
+
+    run: SmallRun
+    folder: Path
+    format_name: str
+    options: dict[str, Any]
+
+    def copy(self, folder: Path) -> "Export":
+        """The same in another folder, to be damaged there."""
+        shutil.copytree(self.folder, folder)
+        return replace(self, folder=folder)
+
+    def verify(self) -> VerificationReport:
+        """Its verification with the consumer of its format."""
+        return self.run.verify(self.folder, self.format_name, **self.options)
+
+
+MakeRun = Callable[[str], SmallRun]
+MakeExport = Callable[..., Export]
 
 
 def save_checkpoint(path: Path, cfg: DecoderConfig, spec: QuantSpec, step: int = 7, seed: int = 3, **more: Any) -> Path:
@@ -84,7 +160,7 @@ def _always_one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_run(bpe: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SmallRun]:
+def small_run(bpe: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """Makes the run of a kind in :data:`KINDS`."""
 
     def make(kind: str) -> SmallRun:
@@ -96,6 +172,22 @@ def small_run(bpe: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> C
         return SmallRun(open_checkpoint(path, cfg, spec), path, bpe, held_out)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(small_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
+    """Gives the export of a kind in a format, written once and never changed: damage a copy."""
+    made: dict[str, Export] = {}
+
+    def get(kind: str, format_name: str = "hf-packed", **options: Any) -> Export:
+        key = repr((kind, format_name, options))
+        if key not in made:
+            run = small_run(kind)
+            folder = run.write(tmp_path_factory.mktemp("exports") / format_name, format_name, **options)
+            made[key] = Export(run, folder, format_name, options)
+        return made[key]
+
+    return get
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -110,4 +202,4 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> Non
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt", STEP_KEY: "7"})
+    save_file(tensors, path, metadata={"format": "pt"})

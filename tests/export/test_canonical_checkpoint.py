@@ -1,6 +1,4 @@
-import gc
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,7 @@ from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.quant.weights import Codes
-from tests.export.conftest import KINDS, SmallRun, decoder_config, save_checkpoint
-
-Make = Callable[[str], SmallRun]
+from tests.export.conftest import KINDS, MakeRun, SmallRun, decoder_config, save_checkpoint
 
 
 def trained_decoder(run: SmallRun) -> Decoder:
@@ -31,7 +27,7 @@ def trained_decoder(run: SmallRun) -> Decoder:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_are_the_training_codes_one_by_one(kind: str, small_run: Make) -> None:
+def test_codes_are_the_training_codes_one_by_one(kind: str, small_run: MakeRun) -> None:
     run = small_run(kind)
     modules = dict(trained_decoder(run).named_modules())
     for name, layer in run.canonical.quantised.items():
@@ -42,21 +38,20 @@ def test_codes_are_the_training_codes_one_by_one(kind: str, small_run: Make) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_decoder_without_master_weights_computes_what_training_computes(kind: str, small_run: Make) -> None:
+def test_the_decoder_without_master_weights_computes_what_training_computes(kind: str, small_run: MakeRun) -> None:
     run = small_run(kind)
     ids = run.held_out.ids[:64].reshape(2, 32)
     with torch.no_grad():
         assert torch.equal(run.canonical.decoder()(ids), trained_decoder(run)(ids))
 
 
-def test_one_layer_at_a_time_is_alive(small_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_at_a_time_is_alive(small_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
     most = 0
     original = canonical_module.quantise_weight
 
     def watched(*args: Any) -> Codes:
         nonlocal most
-        gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))
         codes = original(*args)
         alive.append(weakref.ref(codes.codes))
@@ -69,7 +64,7 @@ def test_one_layer_at_a_time_is_alive(small_run: Make, tmp_path: Path, monkeypat
     assert most <= 1
 
 
-def test_checkpoint_is_mapped_not_read(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_mapped_not_read(small_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run("2b4t")
     seen: dict[str, Any] = {}
     load = torch.load
@@ -101,7 +96,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.weight", "norm.weight"])
-def test_weights_that_are_not_finite_are_refused(name: str, small_run: Make, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(name: str, small_run: MakeRun, tmp_path: Path) -> None:
     run = small_run("2b4t")
     content = torch.load(run.checkpoint, weights_only=True)
     content["state_dict"][f"decoder.{name}"].view(-1)[5] = float("nan")

@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from bitnet_train.export.config import EmbeddingType, ExportConfig, ExportDtype
+from bitnet_train.export.config import ExportConfig, ExportDtype
 from bitnet_train.export.gguf.blocks import BLOCK, I2_S_BLOCK, I2_S_TAIL, Q6_K_BYTES, TQ1_0_BYTES, TQ2_0_BYTES
 from bitnet_train.export.sizes import ExportSize
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms
 from bitnet_train.nn.layout import ParameterInfo, Role, parameter_table, quantised_layers
 from bitnet_train.quant.spec import QuantSpec
+
+# Type -> numbers in a block, and the block's bytes (those of I2_S without the scale behind all of them).
+BLOCKS = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q6_k": (BLOCK, Q6_K_BYTES),
+    "tq1_0": (BLOCK, TQ1_0_BYTES),
+    "tq2_0": (BLOCK, TQ2_0_BYTES),
+    "i2_s": (I2_S_BLOCK, I2_S_BLOCK // 4),
+}
 
 
 class GgmlType(Enum):
@@ -26,6 +38,11 @@ class GgmlType(Enum):
     tq1_0 = 34
     tq2_0 = 35
     i2_s = 36
+
+    @property
+    def block(self) -> int:
+        """Numbers of a row that are stored together."""
+        return BLOCKS[self.name][0]
 
 
 class Container(Enum):
@@ -64,19 +81,8 @@ class PlannedTensor:
     def bytes(self) -> int:
         """Size of its data."""
         size = self.parameter.size
-        per_block = {
-            GgmlType.tq1_0: (BLOCK, TQ1_0_BYTES),
-            GgmlType.tq2_0: (BLOCK, TQ2_0_BYTES),
-            GgmlType.q6_k: (BLOCK, Q6_K_BYTES),
-            GgmlType.q8_0: (32, 34),
-            GgmlType.f32: (1, 4),
-            GgmlType.f16: (1, 2),
-            GgmlType.bf16: (1, 2),
-        }
-        if self.type is GgmlType.i2_s:
-            return size // 4 + I2_S_TAIL
-        block, stored = per_block[self.type]
-        return size // block * stored
+        block, stored = BLOCKS[self.type.name]
+        return size // block * stored + (I2_S_TAIL if self.type is GgmlType.i2_s else 0)
 
 
 NAMES = {
@@ -179,7 +185,7 @@ def gguf_obstacle(cfg: DecoderConfig, spec: QuantSpec, container: Container, exp
         return "the llama architecture computes SiLU in the FFN (model.activation=relu2 with model.norms=pre)"
     if cfg.norms is Norms.pre_sub and not cfg.tie_embeddings:
         return "its BitNet architectures use the embedding as the head (model.tie_embeddings=false)"
-    multiple = BLOCK if main_line else I2_S_BLOCK
+    multiple = container.weight_type.block
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
         rows, columns = shapes[name]
@@ -190,8 +196,8 @@ def gguf_obstacle(cfg: DecoderConfig, spec: QuantSpec, container: Container, exp
         groups = layer.group_count(rows)
         if not main_line and groups != 1:
             return f"it holds one scale per tensor, and {name} has {groups} (quant.weight.groups)"
-    blocks = {EmbeddingType.q8_0: 32, EmbeddingType.q6_k: BLOCK}.get(export.embedding)
-    if blocks and cfg.hidden % blocks:
+    blocks = GgmlType[export.embedding.value].block
+    if cfg.hidden % blocks:
         return (
             f"export.embedding={export.embedding.value} needs model.hidden in multiples of {blocks}, it is {cfg.hidden}"
         )

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, cast
@@ -13,7 +15,7 @@ from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig
-from bitnet_train.export.gguf.blocks import BLOCK, I2_S_BLOCK, as_float32
+from bitnet_train.export.gguf.blocks import BLOCK, as_float32
 from bitnet_train.export.gguf.file import GgufFile
 from bitnet_train.export.gguf.layouts import unpack_i2_s, unpack_tq1_0, unpack_tq2_0
 from bitnet_train.export.gguf.plan import Container, GgmlType, PlannedTensor, planned_tensors
@@ -24,7 +26,7 @@ from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decod
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import Role
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
-from bitnet_train.quant.weights import Codes
+from bitnet_train.quant.weights import SCALE_FLOOR, Codes
 
 # Architecture -> norms and activation.
 ARCHITECTURES = {
@@ -71,6 +73,10 @@ def load_gguf(
 
 def read_gguf(path: Path, device: torch.device | str = "cpu") -> GgufModel:
     """The model in a GGUF file of a ternary BitNet or llama. Raises ConfigError for a damaged or another file."""
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f'{path}: GGUF files are read with gguf, not installed here: pip install "bitnet-train[export]".'
+        )
     file = GgufFile(path)
     cfg = _decoder_config(file)
     kinds = {name: _kind(file, name) for name in file.tensors}
@@ -152,7 +158,7 @@ def _kind(file: GgufFile, name: str) -> GgmlType:
 
 def _read_codes(file: GgufFile, tensor: PlannedTensor) -> Codes:
     rows, columns = tensor.parameter.shape
-    if columns % (I2_S_BLOCK if tensor.type is GgmlType.i2_s else BLOCK):
+    if columns % tensor.type.block:
         raise file.damaged(f"{tensor.name} has rows of {columns} weights")
     data = torch.from_numpy(file.data(tensor.name, tensor.bytes).copy())
     try:
@@ -162,11 +168,7 @@ def _read_codes(file: GgufFile, tensor: PlannedTensor) -> Codes:
         else:
             unpack = unpack_tq1_0 if tensor.type is GgmlType.tq1_0 else unpack_tq2_0
             codes, scales = unpack(data.reshape(rows, -1), columns)
-            # A block without any weight may carry the scale zero, as other writers leave it.
-            scale = scales.amax(1)
-            used = codes.reshape(rows, -1, BLOCK).any(-1)
-            if not bool((scales == scale[:, None])[used].all()):
-                raise ConfigError(f"{file.path}: {tensor.name} has several scales in a row, which is not read here.")
+            scale = _row_scales(codes, scales, file, tensor)
     except ValueError as error:
         raise ConfigError(f"{file.path}: {tensor.name}: {error}.") from None
     if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
@@ -177,12 +179,26 @@ def _read_codes(file: GgufFile, tensor: PlannedTensor) -> Codes:
     return Codes(codes, scale[:1].clone() if bool((scale == scale[0]).all()) else scale)
 
 
+def _row_scales(codes: Tensor, scales: Tensor, file: GgufFile, tensor: PlannedTensor) -> Tensor:
+    """One scale for each row, float32 (N,), of the scales of its blocks, (N, blocks)."""
+    # A block without any weight may carry the scale zero, as other writers leave it.
+    used = codes.reshape(*scales.shape, BLOCK).any(-1)
+    scale = scales.amax(1)
+    if bool(torch.isfinite(scales).all()) and not bool((scales == scale[:, None])[used].all()):
+        raise ConfigError(f"{file.path}: {tensor.name} has several scales in a row, which is not read here.")
+    # Nothing depends on the scale of a row that has no weights at all.
+    return torch.where((scale == 0) & ~used.any(1), scale.max().clamp(min=SCALE_FLOOR), scale)
+
+
 def _read_floats(file: GgufFile, tensor: PlannedTensor) -> Tensor:
     from gguf import GGMLQuantizationType, quants
 
-    data = file.data(tensor.name, tensor.bytes)
-    values = quants.dequantize(data.reshape(tensor.parameter.shape[0], -1), GGMLQuantizationType(tensor.type.value))
-    result = torch.from_numpy(values.copy()).reshape(tensor.parameter.shape).float()
+    shape = tensor.parameter.shape
+    if shape[-1] % tensor.type.block:
+        raise file.damaged(f"{tensor.name} has rows of {shape[-1]} numbers")
+    data = file.data(tensor.name, tensor.bytes).reshape(prod(shape[:-1]), -1)
+    values = quants.dequantize(data, GGMLQuantizationType(tensor.type.value))
+    result = torch.from_numpy(values.copy()).reshape(shape).float()
     if not bool(torch.isfinite(result).all()):
         raise ConfigError(f"{file.path}: {tensor.name} holds numbers that are not finite: it is damaged.")
     return unpermuted(result, tensor.permuted_heads) if tensor.permuted_heads else result

@@ -62,6 +62,7 @@ def tokenizer_metadata(tokenizer: TextTokenizer, vocab: int) -> dict[str, Any]:
     if not merges:
         # gguf-py leaves empty lists out, and llama.cpp loads no byte-level BPE without the key.
         raise ConfigError("A GGUF file needs merges, and this tokenizer has no merges: export to hf-* or packed.")
+    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
     return {
         "tokenizer.ggml.model": "gpt2",
         # Without it llama.cpp splits text in a way of its own, and the model reads garbage.
@@ -74,6 +75,7 @@ def tokenizer_metadata(tokenizer: TextTokenizer, vocab: int) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.padding_token_id": tokenizer.eos_id,
         "tokenizer.ggml.add_bos_token": True,
+        **template,
     }
 
 
@@ -101,7 +103,8 @@ def tokenizer_from_metadata(metadata: dict[str, Any]) -> TextTokenizer:
             for token, kind in zip(tokens, types, strict=True):
                 if kind in (CONTROL, USER_DEFINED):
                     tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
-        return TextTokenizer(tokenizer, bos, eos)
+        template = metadata.get("tokenizer.chat_template")
+        return TextTokenizer(tokenizer, bos, eos, template if isinstance(template, str) else None)
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(
             "The GGUF file's tokenizer is damaged or of a kind that is not read here "

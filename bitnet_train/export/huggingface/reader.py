@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bitnet_train.data.tokenizer import TextTokenizer
+from bitnet_train.data.tokenizer import TextTokenizer, read_chat_template
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.folder import panics_as_errors, read_json, shown, unreadable
@@ -298,7 +298,11 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         raise ConfigError(
             f"{folder / 'config.json'}: bos_token_id={bos} and eos_token_id={eos} must be ids below {vocab}."
         )
-    text_tokenizer = TextTokenizer(tokenizer, bos, eos)
+    try:
+        template = read_chat_template(folder)
+    except RecursionError as error:
+        raise ConfigError(unreadable(folder / "tokenizer_config.json", error)) from None
+    text_tokenizer = TextTokenizer(tokenizer, bos, eos, template)
     if text_tokenizer.vocab_size > vocab:
         raise ConfigError(f"{path} has more ids than the model's vocabulary of {vocab}.")
     return text_tokenizer

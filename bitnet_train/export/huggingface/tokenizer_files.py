@@ -46,6 +46,7 @@ def write_tokenizer(tokenizer: TextTokenizer, folder: Path, context: int) -> Non
                 for index, token in sorted(exported.get_added_tokens_decoder().items())
             },
             "clean_up_tokenization_spaces": False,
+            **({} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}),
             "model_max_length": context,
         },
     )

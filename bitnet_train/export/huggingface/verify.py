@@ -216,6 +216,10 @@ class _Checks:
         for key, value in {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}.items():
             found_id = getattr(theirs, key)
             self.report.add(f"config: tokenizer.{key}", str(found_id), f"= {value}", found_id == value)
+        found_template = getattr(theirs, "chat_template", None)
+        same_template = found_template == self.tokenizer.chat_template
+        measured = "equal" if same_template else "another"
+        self.report.add("config: tokenizer.chat_template", measured, "as in the run", same_template)
         texts = documents(self.held_out.ids, self.tokenizer)
         ids = [self.tokenizer.encode(text) for text in texts]
         # Text is data: the run's tokenizer does not look for special tokens in it, so the consumer must not either.

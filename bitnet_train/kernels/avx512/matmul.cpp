@@ -116,6 +116,8 @@ template <int M>
 void few_packed_rows(const int8_t* a, const float* scale, const uint8_t* b, const Output& o, int64_t k, int threads) {
     const int64_t quarter = div_up(k, 4);
     const __m512i two_bits = _mm512_set1_epi8(3);
+    // Starting a thread takes as long as some 50 kB of weights.
+    threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, o.n * quarter >> 16));
     // Every stored code is one too large, which adds the row's sum to each product.
     int32_t surplus[M];
     for (int row = 0; row < M; row++) surplus[row] = compensation(a + row * k, k) / -128;

@@ -6,6 +6,8 @@ extern "C" {
 // x (m, k) [+ delta] -> stream in the type of x (written only with delta), RMSNorm if norm is given, codes, scale, rstd.
 void quantise_tokens(const void* x, int x_type, const void* delta, int delta_type, void* stream, const float* norm,
                      float eps, int8_t* codes, float* scale, float* rstd, int64_t m, int64_t k, int threads) {
+    // One token at a time is no work to share.
+    threads = (int)std::min<int64_t>(threads, m);
 #pragma omp parallel num_threads(threads)
     {
         float* row = (float*)scratch<0>(sizeof(float) * k);

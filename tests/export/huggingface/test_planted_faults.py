@@ -1,130 +1,35 @@
-"""Verification with the real transformers: right exports pass, every planted fault is rejected."""
+"""Verification with the real transformers rejects every fault planted in packed codes with direct scales."""
 
 import io
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from bitnet_train.errors import ConfigError, VerificationError
-from bitnet_train.export import verify
-from bitnet_train.export.config import ExportDtype
-from tests.export.conftest import KINDS, SmallRun, edit_json, edit_tensors
+from bitnet_train.export.config import LinearClass
+from bitnet_train.export.huggingface import verify
+from tests.export.conftest import MakeExport, MakeRun
+from tests.export.huggingface.planting import (
+    Plant,
+    config_fault,
+    drop_merges,
+    flip_one_code,
+    invert_scales,
+    no_bos,
+    nudge,
+    swap,
+    swap_merges,
+    tensor_fault,
+    truncate,
+)
 
 pytest.importorskip("transformers")
-Make = Callable[[str], SmallRun]
-
-PIECES = {
-    "linears fed our inputs", "norm and linear as one", "RMSNorms fed our inputs", "RMSNorms fed quiet inputs",
-    "attention fed our q, k, v",
-    "FFN gating fed our inputs", "rotary positions",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", list(ExportDtype))
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_right_export_passes(kind: str, dtype: ExportDtype, small_run: Make, tmp_path: Path) -> None:
-    run = small_run(kind)
-    folder = run.write(tmp_path / "export", dtype)
-    report = run.verify(folder)
-    assert not report.failed
-    report.raise_if_failed()
-    names = {check.name for check in report.checks}
-    assert names >= PIECES | {"codes", "scales", "unquantised tensors", "held-out perplexity", "text generated"}
-    scales = next(check for check in report.checks if check.name == "scales")
-    assert ("rounded to bfloat16" in scales.measured) == (dtype is ExportDtype.bfloat16)
-    assert report.sample.startswith("def ")
-    saved = json.loads((folder / "verification.json").read_text())
-    assert saved["passed"] is True
-    assert saved["step"] == 7
-    assert len(saved["checks"]) == len(report.checks)
-
-
-@pytest.fixture(scope="module")
-def exported(small_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[SmallRun, Path]]:
-    """A run of a kind and its export, written once."""
-    made: dict[str, tuple[SmallRun, Path]] = {}
-
-    def get(kind: str) -> tuple[SmallRun, Path]:
-        if kind not in made:
-            run = small_run(kind)
-            made[kind] = (run, run.write(tmp_path_factory.mktemp("export") / "hf-packed"))
-        return made[kind]
-
-    return get
-
-
-def config_fault(*path: str, value: Any, file: str = "config.json") -> Callable[[Path], None]:
-    def edit(config: dict[str, Any]) -> None:
-        for key in path[:-1]:
-            config = config[key]
-        assert config[path[-1]] != value
-        config[path[-1]] = value
-
-    return lambda folder: edit_json(folder / file, edit)
-
-
-def tensor_fault(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
-    return lambda folder: edit_tensors(folder, change)
-
-
-def swap(first: str, second: str) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if f".{first}." in name]:
-            other = name.replace(first, second)
-            tensors[name], tensors[other] = tensors[other], tensors[name]
-
-    return tensor_fault(change)
-
-
-def invert_scales(where: str) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name.endswith("weight_scale") and where in name:
-                tensor.reciprocal_()
-
-    return tensor_fault(change)
-
-
-def flip_one_code(tensors: dict[str, Tensor]) -> None:
-    packed = tensors["model.layers.1.mlp.down_proj.weight"]
-    code = int(packed[2, 3]) & 3
-    packed[2, 3] += 1 if code < 2 else -1
-
-
-def nudge(name: str) -> Callable[[Path], None]:
-    return tensor_fault(lambda tensors: tensors[name].view(-1)[:4].mul_(1.001))
-
-
-def swap_merges(folder: Path) -> None:
-    def edit(content: dict[str, Any]) -> None:
-        merges = content["model"]["merges"]
-        merges[-1], merges[-2] = merges[-2], merges[-1]
-
-    edit_json(folder / "tokenizer.json", edit)
-
-
-def drop_merges(folder: Path) -> None:
-    edit_json(folder / "tokenizer.json", lambda content: content["model"]["merges"].clear())
-
-
-def no_bos(folder: Path) -> None:
-    edit_json(folder / "tokenizer.json", lambda content: content.update(post_processor=None))
-
-
-def truncate(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-50])
-
 
 # name -> (kind of model, fault, a check that must fail)
-FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+FAULTS: dict[str, tuple[str, Plant, str]] = {
     "norm eps": ("2b4t", config_fault("rms_norm_eps", value=1e-6), "RMSNorms fed quiet inputs"),
     "norm eps, llama": ("llama", config_fault("rms_norm_eps", value=1e-6), "RMSNorms fed quiet inputs"),
     "all scales inverted": ("2b4t", invert_scales(""), "linears fed our inputs"),
@@ -186,15 +91,11 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_rejected(
-    fault: str, exported: Callable[[str], tuple[SmallRun, Path]], tmp_path: Path
-) -> None:
+def test_a_planted_fault_is_rejected(fault: str, exported: MakeExport, tmp_path: Path) -> None:
     kind, plant, check = FAULTS[fault]
-    run, original = exported(kind)
-    folder = tmp_path / "hf-packed"
-    shutil.copytree(original, folder)
-    plant(folder)
-    report = run.verify(folder)
+    export = exported(kind, linear_class=LinearClass.autobitlinear).copy(tmp_path / "hf-packed")
+    plant(export.folder)
+    report = export.verify()
     failed = {row.name for row in report.failed}
     assert check in failed, failed
     with pytest.raises(VerificationError) as caught:
@@ -202,18 +103,14 @@ def test_a_planted_fault_is_rejected(
     assert caught.value.exit_code == 4
     assert "\n" not in str(caught.value)
     assert any(name in str(caught.value) for name in failed)
-    assert json.loads((folder / "verification.json").read_text())["passed"] is False
+    assert json.loads((export.folder / "verification.json").read_text())["passed"] is False
 
 
-def test_the_table_shows_failures_and_folds_the_fields(
-    exported: Callable[[str], tuple[SmallRun, Path]], tmp_path: Path
-) -> None:
-    run, original = exported("2b4t")
-    folder = tmp_path / "hf-packed"
-    shutil.copytree(original, folder)
-    config_fault("rms_norm_eps", value=1e-6)(folder)
+def test_the_table_shows_failures_and_folds_the_fields(exported: MakeExport, tmp_path: Path) -> None:
+    export = exported("2b4t").copy(tmp_path / "hf-packed")
+    config_fault("rms_norm_eps", value=1e-6)(export.folder)
     console = Console(width=160, file=io.StringIO(), record=True)
-    console.print(run.verify(folder).table())
+    console.print(export.verify().table())
     text = console.export_text()
     assert "config: rms_norm_eps" in text
     assert "FAILED" in text
@@ -228,6 +125,7 @@ def test_without_transformers_the_installation_is_named(missing: str, monkeypatc
         verify.import_transformers()
 
 
-def test_a_folder_that_does_not_exist(small_run: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", ["hf-packed", "hf-master", "hf-dense"])
+def test_a_folder_that_does_not_exist(format_name: str, small_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="export first"):
-        small_run("2b4t").verify(tmp_path / "none")
+        small_run("2b4t").verify(tmp_path / "none", format_name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitnet_train.export.huggingface import hf_name
+from bitnet_train.export.huggingface.model_config import hf_name
 from bitnet_train.nn.config import Activation, NormalInit, Norms
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import FLOAT, QuantSpec
