@@ -56,7 +56,10 @@ def test_it_is_read_back(format_name: str, small_run: MakeRun, tmp_path: Path) -
     assert load_any_export(plain)[1].chat_template is None
 
 
-@every_format
+@pytest.mark.parametrize(
+    "format_name",
+    [pytest.param(name, marks=pytest.mark.llama_cpp if name == "gguf-tq2_0" else []) for name in FORMATS],
+)
 def test_a_right_export_passes(format_name: str, small_run: MakeRun, tmp_path: Path) -> None:
     run = with_template(small_run(FORMATS[format_name]))
     assert not run.verify(run.write(tmp_path / "export", format_name), format_name).failed

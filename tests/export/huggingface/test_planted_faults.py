@@ -106,6 +106,22 @@ def test_a_planted_fault_is_rejected(fault: str, exported: MakeExport, tmp_path:
     assert json.loads((export.folder / "verification.json").read_text())["passed"] is False
 
 
+@pytest.mark.parametrize(
+    ("kind", "plant"),
+    [
+        ("silu", swap("gate_proj", "up_proj")),
+        ("2b4t", config_fault("hidden_act", value="silu")),
+        ("gqa untied", swap("k_proj", "v_proj")),
+    ],
+)
+def test_the_perplexity_of_a_wrong_model_is_another(
+    kind: str, plant: Plant, exported: MakeExport, tmp_path: Path
+) -> None:
+    export = exported(kind, linear_class=LinearClass.autobitlinear).copy(tmp_path / "hf-packed")
+    plant(export.folder)
+    assert "held-out perplexity" in {row.name for row in export.verify().failed}
+
+
 def test_the_table_shows_failures_and_folds_the_fields(exported: MakeExport, tmp_path: Path) -> None:
     export = exported("2b4t").copy(tmp_path / "hf-packed")
     config_fault("rms_norm_eps", value=1e-6)(export.folder)
