@@ -11,6 +11,8 @@ from bitnet_train.commands.sources import OpenedRun, open_run
 from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError, VerificationError
 from bitnet_train.export.canonical import CanonicalCheckpoint
+from bitnet_train.export.gguf.plan import Container
+from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_obstacle
 from bitnet_train.export.held_out import HeldOut
 from bitnet_train.export.report import VerificationReport
 from bitnet_train.export.rules import fitting_formats
@@ -20,6 +22,7 @@ from bitnet_train.reporting.model_card import CardFacts, write_card
 from bitnet_train.reporting.run_page import write_run_page
 
 MEGABYTE = 1_000_000
+GGUF_FORMATS = {container.value for container in Container}
 
 
 def run(cfg: Config) -> int:
@@ -28,6 +31,14 @@ def run(cfg: Config) -> int:
     opened = open_run(cfg)
     spec = opened.canonical.spec
     names, left_out = fitting_formats(cfg.export, cfg.model, spec)
+    # What only the tokenizer can say is said before anything is written, too.
+    for name in [name for name in names if name in GGUF_FORMATS]:
+        obstacle = tokenizer_obstacle(opened.tokenizer, cfg.model.vocab)
+        if obstacle and cfg.export.formats is not None:
+            raise ConfigError(f"export.formats: {name} cannot hold this model: {obstacle}.")
+        if obstacle:
+            names.remove(name)
+            left_out[name] = obstacle
     for name, reason in left_out.items():
         console.print(f"{name} left out: {reason}", markup=False)
     if not names:

@@ -78,6 +78,8 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         specials = json.loads((folder / SPECIALS_FILE).read_text())
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         template = specials.get("chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ValueError("chat_template is no text")
         return TextTokenizer(tokenizer, int(specials["bos_id"]), int(specials["eos_id"]), template)
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{folder} holds no readable tokenizer ({error}).") from None
@@ -158,7 +160,7 @@ def read_chat_template(folder: Path) -> str | None:
         if (folder / "chat_template.jinja").is_file():
             return (folder / "chat_template.jinja").read_text(encoding="utf-8")
         found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     if isinstance(found, list):
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)

@@ -15,7 +15,7 @@ from bitnet_train.export.canonical import open_checkpoint
 from bitnet_train.export.gguf.reader import gguf_path, read_gguf
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
-from bitnet_train.export.packed.reader import is_packed, read_packed
+from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
 from bitnet_train.nn.config import DecoderConfig
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import QuantSpec
@@ -58,7 +58,7 @@ def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWei
         packed = read_packed(folder)
         _check_shape(source, packed.cfg, cfg)
         masters = _masters(source, packed.codes, packed.tensors, cfg, spec)
-        return InitialWeights(masters, load_tokenizer(folder), f"codes of {folder}")
+        return InitialWeights(masters, read_packed_tokenizer(folder, packed.cfg.vocab), f"codes of {folder}")
     imported = read_model(folder)
     _check_shape(source, imported.cfg, cfg)
     masters = _masters(source, imported.codes, imported.tensors, cfg, spec)

@@ -25,6 +25,9 @@ from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 from tests.conftest import make_text
 
+# Helpers whose assertions should say what they compared.
+pytest.register_assert_rewrite("tests.export.hostile", "tests.export.gguf.passing", "tests.export.gguf.planting")
+
 LLAMA = {"norms": Norms.pre, "activation": Activation.silu, "kv_heads": 2}
 SILU = {"activation": Activation.silu, "kv_heads": 2}
 # What llama.cpp's ternary blocks of 256 weights and I2_S's of 128 need.

@@ -103,7 +103,4 @@ def test_a_template_of_packed_that_is_no_text(small_run: MakeRun, tmp_path: Path
 def test_a_damaged_tokenizer_config_does_no_harm(content: str, small_run: MakeRun, tmp_path: Path) -> None:
     folder = small_run("2b4t").write(tmp_path / "export")
     (folder / "tokenizer_config.json").write_text(content)
-    if content.startswith("[["):
-        refused(folder, "tokenizer_config.json is damaged")
-    else:
-        assert load_any_export(folder)[1].chat_template is None
+    assert load_any_export(folder)[1].chat_template is None

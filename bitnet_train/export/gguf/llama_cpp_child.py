@@ -27,7 +27,7 @@ def ask_llama_cpp(path: Path, windows: list[list[int]], texts: list[str], prompt
     request = {"path": str(path), "windows": windows, "texts": texts, "prompt": prompt, "tokens": tokens}
     # Not -m: the package's own imports would be loaded first, torch among them.
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-P", __file__],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -79,6 +79,15 @@ def tokenizer_metadata(tokenizer: TextTokenizer, vocab: int) -> dict[str, Any]:
     }
 
 
+def tokenizer_obstacle(tokenizer: TextTokenizer, vocab: int) -> str | None:
+    """Why the tokenizer has no GGUF form, or None when it has one."""
+    try:
+        tokenizer_metadata(tokenizer, vocab)
+    except ConfigError as error:
+        return str(error).rstrip(".")
+    return None
+
+
 def tokenizer_from_metadata(metadata: dict[str, Any]) -> TextTokenizer:
     """The tokenizer that the keys describe. Raises ConfigError when they are missing or contradict each other."""
     try:

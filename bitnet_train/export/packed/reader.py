@@ -66,8 +66,6 @@ def read_packed_tokenizer(folder: Path, vocab: int) -> TextTokenizer:
             tokenizer = load_tokenizer(folder)
         if not tokenizer.tokenizer.get_vocab_size():
             raise ValueError(f"{folder} holds a tokenizer without any token.")
-        if not isinstance(tokenizer.chat_template, str | None):
-            raise ValueError(f"{folder} holds a chat_template that is no text.")
     except (ConfigError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     config, ids = read_json(folder / "config.json"), (tokenizer.bos_id, tokenizer.eos_id)

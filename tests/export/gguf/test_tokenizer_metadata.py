@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from bitnet_train.export.gguf.tokenizer_metadata import (
     pre_tokenizer_name,
     tokenizer_from_metadata,
     tokenizer_metadata,
+    tokenizer_obstacle,
 )
 from tests.conftest import make_text
 
@@ -184,3 +186,12 @@ def test_missing_keys_are_one_sentence(key: str, bpe: TextTokenizer) -> None:
     del metadata[f"tokenizer.ggml.{key}"]
     with pytest.raises(ConfigError, match="tokenizer is damaged"):
         tokenizer_from_metadata(metadata)
+
+
+def test_a_tokenizer_without_a_gguf_form_is_named_before_anything_is_written(bpe: TextTokenizer) -> None:
+    assert tokenizer_obstacle(bpe, 416) is None
+    other = Tokenizer.from_str(bpe.tokenizer.to_str())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    obstacle = tokenizer_obstacle(replace(bpe, tokenizer=other), 416)
+    assert obstacle is not None
+    assert "splits text like none of gpt-2" in obstacle

@@ -8,6 +8,7 @@ from bitnet_train.kernels.backend import BACKENDS, WeightCodes
 from bitnet_train.kernels.op import bit_linear, shared_bit_linear
 from bitnet_train.kernels.triton.backend import TritonBackend
 from bitnet_train.quant.gradients import FP8
+from bitnet_train.quant.packing import pack_quarters
 from bitnet_train.quant.spec import GradientPolicy, LayerQuant
 
 BACKEND, REFERENCE = TritonBackend(), BACKENDS["reference"]
@@ -133,3 +134,14 @@ def test_operators_are_registered_as_torch_compile_wants_them(device: torch.devi
     }[name]
     op = getattr(torch.ops.bitnet_train, f"triton_{name}").default
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (4, 64, 33), (9, 77, 130)])
+def test_packed_weights_give_the_product_of_unpacked_ones(device: torch.device, shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    codes = torch.randint(-1, 2, (n, k), device=device).to(torch.int8)
+    tokens = REFERENCE.quantise(torch.randn(m, k, device=device), None, None, EPS).codes
+    scale, bias = torch.rand(n, device=device), torch.randn(n, device=device)
+    wanted = REFERENCE.matmul(tokens, WeightCodes(codes, scale), bias, torch.float32)
+    packed = WeightCodes(pack_quarters(codes), scale)
+    assert torch.equal(BACKEND.matmul(tokens, packed, bias, torch.float32), wanted)
