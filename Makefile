@@ -14,7 +14,8 @@ demo: setup
 	$(BIN)/python -m bitnet_train command=generate run=runs/tiny/export/hf-packed 'generate.prompt="class "' generate.temperature=0.6 generate.max_new_tokens=96
 	@echo
 	@echo "run:       runs/tiny (config.yaml, metrics.csv, samples.md, checkpoints/)"
-	@echo "export:    runs/tiny/export/hf-packed (load it with transformers.AutoModelForCausalLM)"
+	@echo "report:    runs/tiny/report.html"
+	@echo "export:    runs/tiny/export/ (hf-packed for transformers, gguf-i2_s for bitnet.cpp, ...)"
 	@echo "next:      $(BIN)/python -m bitnet_train --help"
 
 test: setup

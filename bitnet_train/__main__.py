@@ -296,6 +296,7 @@ def on_a_run(job: Job) -> DictConfig:
         sweep = command == "report" and any(folder.glob("**/config.yaml"))
         if sweep or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
             # An export on its own: its config.json describes the model, this configuration the rest.
+            node.run = str(folder)
             return node
         raise ConfigError(f"run={node.run} is neither a run (no config.yaml there) nor an export (no config.json).")
     saved = from_plain(_read_saved(saved_file), saved_file)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate
+from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
@@ -124,7 +124,10 @@ def validate(cfg: Config) -> None:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")
         raise ConfigError(f"resume.{wrong} is not a configuration key. Did you mean 'resume.from'?")
     check_generate(cfg.generate)
-    check_evaluate(cfg.evaluate, cfg.model.context)
+    check_evaluate(cfg.evaluate)
+    on_the_way = cfg.command is Command.train and cfg.evaluate.every_steps is not None
+    if cfg.evaluate.tasks and (cfg.command is Command.evaluate or on_the_way):
+        check_tasks_can_run(cfg.evaluate)
     check_benchmark(cfg.benchmark)
     if cfg.command is Command.benchmark:
         check_benchmarked(cfg)

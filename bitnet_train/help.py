@@ -1,5 +1,6 @@
 """What ``--help`` prints."""
 
+from bitnet_train.export.rules import FORMAT_RULES
 from bitnet_train.recipes import Catalogue
 
 USAGE = """\
@@ -20,12 +21,13 @@ Commands (command=...)
   benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)
-  +recipe=tiny                             train on this Python's source, about 2 minutes
+  +recipe=tiny                             train on this Python's source, under 3 minutes
   +recipe=tiny quant=none run_name=dense   the same without quantisation
   -m +recipe=tiny optimizer.lr=2e-3,4e-3   a sweep, each job in its own run folder
   +recipe=2b4t command=estimate            what BitNet b1.58 2B4T takes
   +recipe=small data=files data.corpus.path=~/texts
   command=export run=runs/tiny
+  +recipe=tiny init.from=runs/tiny/export/hf-master run_name=more
   command=evaluate run=runs/tiny evaluate.text=README.md
   command=generate run=runs/tiny 'generate.prompt="import os"'
   +recipe=small command=benchmark          speed and memory beside bf16, on this machine
@@ -53,6 +55,8 @@ def help_text(catalogue: Catalogue) -> str:
     lines = ["", "Choices (group=option; a recipe is added with a plus, +recipe=NAME)"]
     for group in groups:
         lines += _wrapped(f"  {group:<{width}}", catalogue.options[group])
+    lines += ["", "Export formats (export.formats=[NAME,...]; without it every one that can hold the model)"]
+    lines += _wrapped("  ", list(FORMAT_RULES))
     return USAGE + "\n".join(lines) + "\n" + FOOTER
 
 

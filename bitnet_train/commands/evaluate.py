@@ -16,6 +16,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.export.held_out import documents
+from bitnet_train.reporting.run_facts import read_json_object
 from bitnet_train.training.config import WandbLogger
 from bitnet_train.training.run_folder import write_atomically
 
@@ -43,11 +44,14 @@ def run(cfg: Config) -> int:
         results["text"] = _measure_text(cfg, model, console)
     if cfg.evaluate.tasks:
         results["tasks"] = _run_tasks(cfg, model, console)
-    _log(cfg, model, results, console)
     try:
-        write_atomically(folder / RESULT_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        # What was measured before stays, unless it was measured again.
+        before = read_json_object(folder / RESULT_FILE) or {}
+        kept = before if before.get("model") == model.description else {}
+        write_atomically(folder / RESULT_FILE, json.dumps(kept | results, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         console.print(f"{folder / RESULT_FILE} is not written: {error.strerror}")
+    _log(cfg, model, results, console)
     return 0
 
 
@@ -87,7 +91,9 @@ def _run_tasks(cfg: Config, model: LoadedModel, console: Console) -> dict[str, A
 
 def _measure_text(cfg: Config, model: LoadedModel, console: Console) -> dict[str, Any]:
     context = model.decoder.cfg.context
-    window = cfg.evaluate.window or min(cfg.data.sequence_length, context)
+    # An export that was copied elsewhere says nothing of how it was trained.
+    known = model.run is not None or (Path(str(cfg.run)).parent.parent / "config.yaml").is_file()
+    window = cfg.evaluate.window or (min(cfg.data.sequence_length, context) if known else context)
     if window > context:
         raise ConfigError(f"evaluate.window={window} is longer than the model's context of {context}.")
     texts, name, within_documents = _texts(cfg, model)

@@ -12,7 +12,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.reporting.run_page import write_run_page
+from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
 from bitnet_train.training.run_folder import RunFolder
 
 
@@ -27,6 +27,8 @@ def run(cfg: Config) -> int:
     if saved is not None:
         check_continuation(saved, cfg, folder.config_file)
         _check_same_fork(saved, cfg, folder)
+    if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
+        raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
     # Weights that do not fit are found before anything is prepared.
     initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
     shards, manifest = ensure_prepared(cfg, console)
@@ -48,7 +50,10 @@ def run(cfg: Config) -> int:
         console.print(f"{where}; the same command continues the run")
         return outcome.exit_code
     if folder.metrics_file.is_file():
-        write_run_page(cfg, folder, cfg.run_name)
+        try:
+            write_run_page(cfg, folder, cfg.run_name)
+        except OSError as error:
+            console.print(f"{folder.path / REPORT_FILE} is not written: {error.strerror}", markup=False)
     if outcome.validation is not None:
         beside = ""
         if cfg.data.validation_tokens is None:

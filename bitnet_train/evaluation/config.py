@@ -49,13 +49,11 @@ class GenerateConfig:
     seed: int = 0
 
 
-def check_evaluate(cfg: EvaluateConfig, context: int) -> None:
-    """Raises ConfigError for settings that are out of range, or tasks without the harness that runs them."""
-    if cfg.window is not None and not 1 <= cfg.window <= context:
-        raise ConfigError(f"evaluate.window={cfg.window} must lie between 1 and model.context={context}.")
+def check_evaluate(cfg: EvaluateConfig) -> None:
+    """Raises ConfigError for settings that are out of range, or do nothing."""
     if cfg.shots is not None and cfg.shots < 0:
         raise ConfigError(f"evaluate.shots is {cfg.shots}; it must be at least 0, or null for the task's own.")
-    for name in ("limit", "every_steps"):
+    for name in ("window", "limit", "every_steps"):
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ConfigError(f"evaluate.{name} is {value}; it must be at least 1, or null.")
@@ -63,7 +61,10 @@ def check_evaluate(cfg: EvaluateConfig, context: int) -> None:
         idle = [name for name in ("task_folder", "shots", "limit", "every_steps") if getattr(cfg, name) is not None]
         if idle:
             raise ConfigError(f"evaluate.{idle[0]} does nothing without evaluate.tasks: name the tasks to run.")
-        return
+
+
+def check_tasks_can_run(cfg: EvaluateConfig) -> None:
+    """Raises ConfigError when the folder of the tasks or the harness that runs them is missing."""
     if cfg.task_folder is not None and not Path(cfg.task_folder).expanduser().is_dir():
         raise ConfigError(f"evaluate.task_folder={cfg.task_folder} is no folder.")
     if find_spec("lm_eval") is None:

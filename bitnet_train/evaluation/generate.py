@@ -24,15 +24,15 @@ def generate_steps(
     *,
     sampling: Sampling = GREEDY,
     eos_id: int | None = None,
-    seed: int = 0,
+    seeds: list[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields, token by token, the next id of every prompt; None for a prompt that has ended.
 
     Prompts of different lengths are one batch, the shorter ones padded on the left and the padding hidden. A prompt
     ends after ``max_new_tokens``, at ``eos_id`` (which is not yielded), or when all together reach the model's context;
     one that is longer than the context keeps its end. Sequence i draws from a generator of its own, seeded
-    ``seed + i``, so that it comes out the same whatever else is in the batch (up to rounding), and disturbs no other
-    random numbers.
+    ``seeds[i]`` (by default i), so that it comes out the same whatever else is in the batch (up to rounding), and
+    disturbs no other random numbers.
     Raises ValueError for an empty prompt.
     """
     if not prompts or not all(prompts):
@@ -42,7 +42,7 @@ def generate_steps(
     longest = max(map(len, prompts))
     count = min(max_new_tokens, context - longest)
     device = model.embed_tokens.weight.device
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(s) for s in seeds or range(len(prompts))]
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     cache = model.new_cache(len(prompts), min(context, longest + max(0, count)), padding if padding.any() else None)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -66,7 +66,7 @@ def generate_ids(
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields up to ``max_new_tokens`` ids after ``prompt``, ending at ``eos_id`` or at the model's context."""
-    for (token,) in generate_steps(model, [prompt], max_new_tokens, sampling=sampling, eos_id=eos_id, seed=seed):
+    for (token,) in generate_steps(model, [prompt], max_new_tokens, sampling=sampling, eos_id=eos_id, seeds=[seed]):
         assert token is not None
         yield token
 
@@ -108,11 +108,36 @@ def generate_texts(
     stop: tuple[str, ...] = (),
     seed: int = 0,
 ) -> list[str]:
-    """The continuations of ``prompts``, made together as one batch."""
+    """The continuations of ``prompts``, made together as one batch.
+
+    Prompts that leave too little of the context for ``max_new_tokens`` are made one by one, so that they shorten no
+    other text.
+    """
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    fitting = [i for i, prompt in enumerate(ids) if len(prompt) + max_new_tokens <= model.cfg.context]
+    alone = [[i] for i in range(len(ids)) if i not in fitting]
+    texts = [""] * len(ids)
+    for group in [fitting, *alone] if fitting else alone:
+        seeds = [seed + i for i in group]
+        made = _batch(model, tokenizer, [ids[i] for i in group], max_new_tokens, seeds, sampling=sampling, stop=stop)
+        for i, text in zip(group, made, strict=True):
+            texts[i] = text
+    return texts
+
+
+def _batch(
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    seeds: list[int],
+    *,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+) -> list[str]:
     streams = [TextStream(tokenizer, stop) for _ in prompts]
     texts = [""] * len(prompts)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    steps = generate_steps(model, ids, max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id, seed=seed)
+    steps = generate_steps(model, prompts, max_new_tokens, sampling=sampling, eos_id=tokenizer.eos_id, seeds=seeds)
     ended = [False] * len(prompts)
     for tokens in steps:
         for i, token in enumerate(tokens):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bitnet_train.data.tokenizer import TextTokenizer
@@ -56,6 +56,9 @@ class DecoderLM(TemplateLM):
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        longest_answer = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest_answer > self.max_length:
+            raise ValueError(f"an answer has {longest_answer} tokens, and the model's context is {self.max_length}")
         device = self.decoder.embed_tokens.weight.device
         # Like lengths together; the longest first, so that running out of memory shows at once.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
@@ -94,23 +97,30 @@ class DecoderLM(TemplateLM):
             stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
             count = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            room = max(1, self.max_length - count)
-            ids = self.tok_encode(context)
-            if len(ids) > room:  # the end of the context is what the answer continues
-                context = self.text.decode(ids[-room + 1 :]) if room > 1 else ""
+            room = self.max_length - count
+            if room < 2:
+                raise ValueError(f"it asks for {count} new tokens, and the model's context is {self.max_length}")
+            ids = self.text.encode(context)
+            if len(ids) + 1 > room:  # the end of the context is what the answer continues
+                context = self.text.decode(ids[-(room - 1) :])
             texts += generate_texts(
                 self.decoder, self.text, [context], count, sampling=Sampling(temperature), stop=stop
             )
         return texts
 
 
-def check_harness(cfg: EvaluateConfig) -> None:
-    """Raises ConfigError when the harness does not know a task of ``cfg``."""
+def check_harness(cfg: EvaluateConfig, load: bool = False) -> None:
+    """Raises ConfigError when the harness does not know a task of ``cfg``, or (``load``) cannot load its data."""
     manager = _task_manager(cfg)
     for task in cfg.tasks:
         if not manager.match_tasks([task]):
             where = f", nor in {cfg.task_folder}" if cfg.task_folder else "; give evaluate.task_folder= for your own"
             raise ConfigError(f"evaluate.tasks: lm-evaluation-harness has no task '{task}'{where}.")
+    if load:
+        try:
+            get_task_dict(list(cfg.tasks), manager)
+        except Exception as error:
+            raise _cannot_run(cfg, error) from None
 
 
 def run_harness(decoder: Decoder, tokenizer: TextTokenizer, cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
@@ -131,14 +141,20 @@ def run_harness(decoder: Decoder, tokenizer: TextTokenizer, cfg: EvaluateConfig)
             log_samples=False,
             bootstrap_iters=1000,
         )
-    except (OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(f"evaluate.tasks={','.join(cfg.tasks)} cannot be run: {reason}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a task is other people's YAML, templates and code
+        raise _cannot_run(cfg, error) from None
     assert outcome is not None
     return {
         task: {name: value for name, value in found.items() if isinstance(value, int | float)}
         for task, found in outcome["results"].items()
     }
+
+
+def _cannot_run(cfg: EvaluateConfig, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ConfigError(f"evaluate.tasks={','.join(cfg.tasks)} cannot be run: {reason}")
 
 
 def _task_manager(cfg: EvaluateConfig) -> TaskManager:

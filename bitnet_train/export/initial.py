@@ -100,7 +100,13 @@ def _masters(
     masters = {}
     for parameter in parameter_table(cfg):
         layer = parameter.layer_name
-        if layer not in codes:
+        if layer not in codes and layer in quantised:
+            # Dense weights may be codes times scales; averaged once more, their scales would shrink.
+            dense = _codes_of_dense(tensors[parameter.name], quantised[layer].group_count(parameter.shape[0]))
+            masters[parameter.name] = (
+                tensors[parameter.name] if dense is None else masters_from_codes(dense, quantised[layer])
+            )
+        elif layer not in codes:
             masters[parameter.name] = tensors[parameter.name]
         elif layer not in quantised:
             masters[parameter.name] = codes[layer].dequantise()
@@ -111,6 +117,15 @@ def _masters(
             except ValueError as error:
                 raise ConfigError(f"init.from={source}: {layer}: {error}; set quant= as it was trained.") from None
     return masters
+
+
+def _codes_of_dense(weight: Tensor, groups: int) -> Codes | None:
+    """The codes and scales that weights (out, in) are products of, or None when a group has several magnitudes."""
+    magnitudes = weight.abs().reshape(groups, -1)
+    scale = magnitudes.amax(1)
+    if not bool(((magnitudes == 0) | (magnitudes == scale[:, None])).all() and (scale > 0).all()):
+        return None
+    return Codes(weight.sign().to(torch.int8), scale)
 
 
 def _regrouped(codes: Codes, groups: int) -> Codes:

@@ -18,6 +18,13 @@ class Metrics:
         """Steps and values of a column; empty lists when there are none."""
         return self.columns.get(name, ([], []))
 
+    def until(self, step: int) -> "Metrics":
+        """Only what was written up to ``step``."""
+        cut = {name: sum(s <= step for s in steps) for name, (steps, _) in self.columns.items()}
+        return Metrics(
+            {n: (steps[: cut[n]], values[: cut[n]]) for n, (steps, values) in self.columns.items() if cut[n]}
+        )
+
     def last(self, name: str) -> float | None:
         """The last value of a column."""
         values = self.series(name)[1]

@@ -8,6 +8,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.report import Check, VerificationReport
 from bitnet_train.export.sizes import ExportSize
+from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.reporting.charts import Chart, Line, png, smoothed
 from bitnet_train.reporting.metrics import Metrics, read_metrics
@@ -62,6 +63,8 @@ python run_inference.py -m NAME/FILE -p "def "
 
 For bitnet.cpp (microsoft/BitNet); llama.cpp's main line does not read this type.""",
 }
+# Dense weights of a run without quantisation.
+FLOAT_USAGE = USAGE["hf-dense"].split("\n\nThe weights are")[0]
 USAGE["gguf-tq1_0"] = USAGE["gguf-tq2_0"]
 
 
@@ -80,7 +83,8 @@ class CardFacts:
 def write_card(facts: CardFacts, folder: Path) -> None:
     """Write README.md and curve.png into the export's folder. Raises OSError when it cannot be written."""
     try:
-        metrics = read_metrics(facts.run.metrics_file)
+        # The run may have gone on since.
+        metrics = read_metrics(facts.run.metrics_file).until(facts.report.step)
     except ConfigError:
         metrics = Metrics({})
     chart = _curve(metrics)
@@ -98,14 +102,19 @@ def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
     file = next((path.name for path in sorted(folder.glob("*.gguf"))), "")
     head = ["---", *([f"license: {facts.export.license}"] if facts.export.license else [])]
     head += ["library_name: transformers"] if report.format.startswith("hf-") else []
-    head += ["pipeline_tag: text-generation", "tags:", "- bitnet", "- ternary", "- 1.58-bit", "---", ""]
-    usage = USAGE[report.format].replace("NAME", folder.name).replace("FILE", file)
+    tags = ["bitnet", "ternary", "1.58-bit"] if _kept(facts) == "ternary" else [_kept(facts)] if quantised else []
+    head += ["pipeline_tag: text-generation", *(["tags:"] if tags else []), *(f"- {tag}" for tag in tags), "---", ""]
+    usage = USAGE[report.format] if quantised or report.format != "hf-dense" else FLOAT_USAGE
+    usage = usage.replace("NAME", folder.name).replace("FILE", file)
+    source = initial_source(cfg.init)
+    start = "trained from scratch" if source is None else f"started from {source} and trained"
+    what = f", {quantised:.1%} of them {_kept(facts)}" if quantised else ""
     lines = [
         *head,
         f"# {facts.name}, {report.format}",
         "",
-        f"A language model of {total:,} parameters, {quantised:.1%} of them {_kept(facts)}, trained from scratch with "
-        f"bitnet_train. This folder is step {report.step:,} of the run.",
+        f"A language model of {total:,} parameters{what}, {start} with bitnet_train. This folder is step "
+        f"{report.step:,} of the run.",
         "",
         "## Use",
         "",

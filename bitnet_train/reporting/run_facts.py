@@ -81,6 +81,15 @@ def last_samples(path: Path) -> tuple[int, list[str]]:
     return int(headings[-1][1]), texts
 
 
+def last_evaluation(path: Path) -> tuple[str, dict[str, Any]]:
+    """Where and with which scores the tasks were last run on the way; no scores when they were not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return f"step {content['step']}", dict(content["results"])
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return "", {}
+
+
 @dataclass(frozen=True)
 class ExportFacts:
     """An export of the run: format, size of its files, and its verification if there is one."""

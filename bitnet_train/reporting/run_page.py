@@ -9,6 +9,7 @@ from bitnet_train.reporting.page import megabytes, number, render
 from bitnet_train.reporting.run_facts import (
     audit_rows,
     export_facts,
+    last_evaluation,
     last_samples,
     read_json_object,
     run_charts,
@@ -77,9 +78,11 @@ def _tasks(folder: RunFolder) -> list[tuple[str, str, str, str]]:
     files += [
         (export.name, folder.exports / export.name / "evaluation.json") for export in export_facts(folder.exports)
     ]
+    found_scores = [(where, (read_json_object(path) or {}).get("tasks") or {}) for where, path in files]
+    found_scores.append(last_evaluation(folder.evaluations_file))
     rows = []
-    for where, path in files:
-        for task, found in ((read_json_object(path) or {}).get("tasks") or {}).items():
+    for where, scores in found_scores:
+        for task, found in scores.items():
             for key, value in found.items():
                 metric = key.partition(",")[0]
                 if not metric.endswith("_stderr") and metric != "sample_len":

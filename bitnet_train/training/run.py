@@ -133,7 +133,7 @@ def train(
     if cfg.evaluate.every_steps is not None:
         from bitnet_train.evaluation.lm_eval_model import check_harness
 
-        check_harness(cfg.evaluate)
+        check_harness(cfg.evaluate, load=True)
     if cfg.trainer.max_steps == 0:
         save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
         folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
@@ -175,9 +175,10 @@ def train(
         metrics,
         validation,
         Samples(clock, tokenizer, folder.samples_file),
-        Tasks(clock, tokenizer, folder.evaluations_file),
         TrainingProgress(console, metrics, validation),
         checkpoints,
+        # Behind the checkpoint: what other people's tasks may raise costs no step.
+        Tasks(clock, tokenizer, folder.evaluations_file),
         stop,
     ]
     with _quiet_lightning():

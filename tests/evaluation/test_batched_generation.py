@@ -36,7 +36,7 @@ def together(model: Decoder, prompts: list[list[int]], count: int, **fields: obj
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 20, 0.9, 0.05)])
 def test_a_batch_gives_what_each_prompt_gives_alone(model: Decoder, sampling: Sampling) -> None:
-    rows = together(model, PROMPTS, 12, sampling=sampling, seed=7)
+    rows = together(model, PROMPTS, 12, sampling=sampling, seeds=[7, 8, 9, 10])
     for i, prompt in enumerate(PROMPTS):
         assert rows[i] == list(generate_ids(model, prompt, 12, sampling=sampling, seed=7 + i))
 
@@ -147,3 +147,12 @@ def test_texts_of_a_batch_are_those_of_each_prompt(bpe: TextTokenizer, model: De
     first = next(character for character in texts[0] if character.strip())
     stopped = generate_texts(model, bpe, prompts, 8, stop=(first,))
     assert stopped == [text.split(first)[0] for text in texts]
+
+
+def test_a_long_prompt_shortens_no_other_text(bpe: TextTokenizer, model: Decoder) -> None:
+    prompts = ["x", "def f(a): " * 30, "y"]
+    sampling = Sampling(1.0)
+    texts = generate_texts(model, bpe, prompts, 8, sampling=sampling, seed=5)
+    alone = [generate_texts(model, bpe, [p], 8, sampling=sampling, seed=5 + i)[0] for i, p in enumerate(prompts)]
+    assert texts == alone
+    assert len(bpe.encode(texts[0])) > 1

@@ -15,7 +15,8 @@ from bitnet_train.export.config import EmbeddingType, ExportDtype
 from bitnet_train.export.initial import check_same_tokenizer, fill_weights, read_initial
 from bitnet_train.nn.config import Activation, DecoderConfig
 from bitnet_train.nn.decoder import Decoder
-from bitnet_train.quant.spec import LayerQuant, QuantSpec
+from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
+from bitnet_train.quant.weights import quantise_weight
 from tests.export.conftest import MakeRun, SmallRun, decoder_config, held_by, save_checkpoint
 
 # Options under which nothing of a file is rounded a second time.
@@ -24,6 +25,8 @@ ROUND_TRIPS = [
     ("hf-packed", {"dtype": ExportDtype.bfloat16}),
     ("hf-master", {"dtype": ExportDtype.bfloat16}),
     ("hf-master", {}),
+    ("hf-dense", {}),
+    ("hf-dense", {"dtype": ExportDtype.bfloat16}),
     ("packed", {}),
     ("gguf-i2_s", {}),
     ("gguf-tq2_0", {"embedding": EmbeddingType.f32}),
@@ -59,12 +62,22 @@ def test_export_import_export_gives_the_same_bytes(
         assert (second / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_dense_weights_become_a_run_without_quantisation(small_run: MakeRun, tmp_path: Path) -> None:
+def test_dense_weights_of_any_kind_start_a_run(small_run: MakeRun, tmp_path: Path) -> None:
     run = small_run("llama")
     folder = run.write(tmp_path / "dense", "hf-dense")
-    initial = read_initial(str(folder), run.canonical.cfg, run.canonical.spec)
-    for layer in run.canonical.quantised:
-        assert torch.equal(initial.masters[f"{layer}.weight"], run.canonical.codes(layer).dequantise())
+    # As float weights they are what they are; as ternary ones they are the codes and scales that they came from.
+    floats = read_initial(str(folder), run.canonical.cfg, QuantSpec(FLOAT)).masters
+    ternary = read_initial(str(folder), run.canonical.cfg, run.canonical.spec).masters
+    for layer, quant in run.canonical.quantised.items():
+        codes = run.canonical.codes(layer)
+        assert torch.equal(floats[f"{layer}.weight"], codes.dequantise())
+        again = quantise_weight(ternary[f"{layer}.weight"], quant)
+        assert torch.equal(again.codes, codes.codes)
+        assert torch.equal(again.scale, codes.scale)
+    other = small_run("unquantised")  # ordinary float weights are master weights
+    folder = other.write(tmp_path / "float", "hf-dense")
+    masters = read_initial(str(folder), other.canonical.cfg, QuantSpec()).masters
+    assert all(torch.equal(tensor, other.canonical.tensor(name)) for name, tensor in masters.items())
 
 
 @pytest.fixture
