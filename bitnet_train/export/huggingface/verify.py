@@ -46,6 +46,8 @@ def import_transformers() -> Any:
             f"Verification loads the export with transformers, and {' and '.join(missing)} is not installed: "
             'pip install "bitnet-train[export]".'
         )
+    # What transformers imports along registers enums in a way that PyTorch remarks on, once per enum.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     import transformers
 
     return transformers
