@@ -42,13 +42,8 @@ def check_text(report: VerificationReport, theirs: TextTokenizer, ours: TextToke
     for key in ("bos_id", "eos_id"):
         found, wanted = getattr(theirs, key), getattr(ours, key)
         report.add(f"config: tokenizer.{key}", str(found), f"= {wanted}", found == wanted)
-    same_template = theirs.chat_template == ours.chat_template
-    measured = "equal" if same_template else "another"
-    report.add("config: tokenizer.chat_template", measured, "as in the run", same_template)
+    report.add_chat_template(ours.chat_template, theirs.chat_template)
     texts = documents(held_out.ids, ours)
     ids = ours.encode_batch(texts)
-    found_ids = theirs.encode_batch(texts)
-    total, equal = sum(map(len, ids)), sum(len(i) for i, f in zip(ids, found_ids, strict=True) if i == f)
-    report.add("token ids of held-out text", f"{equal:,} of {total:,} equal", "all", equal == total)
-    same = sum(theirs.decode(i) == text for i, text in zip(ids, texts, strict=True))
-    report.add("text decoded from ids", f"{same} of {len(texts)} documents equal", "all", same == len(texts))
+    report.add_token_ids(ids, theirs.encode_batch(texts))
+    report.add_decoded(texts, [theirs.decode(i) for i in ids])

@@ -51,6 +51,35 @@ class VerificationReport:
         """Append a row."""
         self.checks.append(Check(name, measured, tolerance, passed))
 
+    def add_token_ids(self, wanted: list[list[int]], found: list[list[int]]) -> None:
+        """A row for the ids of held-out texts, text by text."""
+        pairs = list(zip(wanted, found, strict=True))
+        total, equal = sum(map(len, wanted)), sum(len(ours) for ours, theirs in pairs if ours == theirs)
+        self.add("token ids of held-out text", f"{equal:,} of {total:,} equal", "all", equal == total)
+
+    def add_started_ids(self, bos: int, wanted: list[list[int]], started: list[list[int]]) -> None:
+        """A row for the ids of texts as a consumer starts them by itself: bos, then the text."""
+        with_bos = all(theirs == [bos, *ours] for ours, theirs in zip(wanted, started, strict=True))
+        self.add("special tokens added", "bos in front" if with_bos else "others", "bos, as in training", with_bos)
+
+    def add_decoded(self, texts: list[str], back: list[str]) -> None:
+        """A row for the way back from ids to text."""
+        same = sum(ours == theirs for ours, theirs in zip(texts, back, strict=True))
+        self.add("text decoded from ids", f"{same} of {len(texts)} documents equal", "all", same == len(texts))
+
+    def add_chat_template(self, wanted: str | None, found: str | None) -> None:
+        """A row for the tokenizer's chat template."""
+        same = found == wanted
+        self.add("config: tokenizer.chat_template", "equal" if same else "another", "as in the run", same)
+
+    def add_perplexity(
+        self, name: str, mine: float, other: float, tokens: int, allowed: float, digits: int, beside: str = ""
+    ) -> None:
+        """A row for a consumer's perplexity on ``tokens`` tokens; ``digits`` are those of the allowed percentage."""
+        difference = abs(other / mine - 1)
+        measured = f"{difference:.3%}: {other:.4f} against {mine:.4f} on {tokens:,} tokens{beside}"
+        self.add(name, measured, f"{allowed:.{digits}%}", difference <= allowed)
+
     def guarded(self, name: str, check: Callable[[], None]) -> None:
         """Run ``check``; what it raises is a failed row called ``name``, for that is a consumer's verdict as well."""
         try:

@@ -175,15 +175,9 @@ class _Checks:
         answer = ask_llama_cpp(self.path, windows, texts, self.held_out.prompt, SAMPLE_TOKENS)
         self.report.consumer = f"llama-cpp-python {answer['version']}"
         ids = self.tokenizer.encode_batch(texts)
-        found: list[list[int]] = answer["token_ids"]
-        total, equal = sum(map(len, ids)), sum(len(i) for i, f in zip(ids, found, strict=True) if i == f)
-        self.report.add("token ids of held-out text", f"{equal:,} of {total:,} equal", "all", equal == total)
-        with_bos = all(f == [self.tokenizer.bos_id, *i] for i, f in zip(ids, answer["started_ids"], strict=True))
-        self.report.add(
-            "special tokens added", "bos in front" if with_bos else "others", "bos, as in training", with_bos
-        )
-        same = sum(a == b for a, b in zip(texts, answer["back"], strict=True))
-        self.report.add("text decoded from ids", f"{same} of {len(texts)} documents equal", "all", same == len(texts))
+        self.report.add_token_ids(ids, answer["token_ids"])
+        self.report.add_started_ids(self.tokenizer.bos_id, ids, answer["started_ids"])
+        self.report.add_decoded(texts, answer["back"])
         tokens = sum(len(window) - 1 for window in windows)
         self._compare("held-out perplexity", float(np.exp(min(answer["nats"] / tokens, 700.0))), LLAMA_CPP_PERPLEXITY)
         self.report.sample = answer["completion"]
@@ -196,10 +190,7 @@ class _Checks:
             decoder = self.canonical.decoder(scale_of=lambda scale: scale.to(self.scale_type).float())
             lengths = self.tokenizer.byte_lengths()
             self._own_perplexity = windows_loss(decoder, self.held_out.batches(), lengths).perplexity
-        mine = self._own_perplexity
-        difference = abs(other / mine - 1)
-        measured = f"{difference:.3%}: {other:.4f} against {mine:.4f} on {len(self.held_out.ids) - 1:,} tokens"
-        self.report.add(name, measured, f"{allowed:.2%}", difference <= allowed)
+        self.report.add_perplexity(name, self._own_perplexity, other, len(self.held_out.ids) - 1, allowed, 2)
 
     def _shape(self) -> DecoderConfig:
         assert self.model is not None

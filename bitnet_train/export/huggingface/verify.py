@@ -198,10 +198,8 @@ class _Checks:
         if self.variant.storage is Storage.dense:
             beside = f" (the run itself, with its 8-bit activations: {mine:.4f})"
             mine = self._own_perplexity(self.canonical.with_float_activations(), batches)
-        difference = abs(other / mine - 1)
-        allowed = PERPLEXITY_TOLERANCE[self.variant.dtype]
-        measured = f"{difference:.3%}: {other:.4f} against {mine:.4f} on {len(self.held_out.ids) - 1:,} tokens{beside}"
-        self.report.add("held-out perplexity", measured, f"{allowed:.1%}", difference <= allowed)
+        allowed, tokens = PERPLEXITY_TOLERANCE[self.variant.dtype], len(self.held_out.ids) - 1
+        self.report.add_perplexity("held-out perplexity", mine, other, tokens, allowed, 1, beside)
 
     def _own_perplexity(self, canonical: CanonicalCheckpoint, batches: list[torch.Tensor]) -> float:
         return windows_loss(canonical.decoder(), batches, self.tokenizer.byte_lengths()).perplexity
@@ -218,24 +216,14 @@ class _Checks:
         for key, value in {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}.items():
             found_id = getattr(theirs, key)
             self.report.add(f"config: tokenizer.{key}", str(found_id), f"= {value}", found_id == value)
-        found_template = getattr(theirs, "chat_template", None)
-        same_template = found_template == self.tokenizer.chat_template
-        measured = "equal" if same_template else "another"
-        self.report.add("config: tokenizer.chat_template", measured, "as in the run", same_template)
+        self.report.add_chat_template(self.tokenizer.chat_template, getattr(theirs, "chat_template", None))
         texts = documents(self.held_out.ids, self.tokenizer)
         ids = [self.tokenizer.encode(text) for text in texts]
         # Text is data: the run's tokenizer does not look for special tokens in it, so the consumer must not either.
         found = theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        total, equal = sum(map(len, ids)), sum(map(len, (i for i, f in zip(ids, found, strict=True) if i == f)))
-        self.report.add("token ids of held-out text", f"{equal:,} of {total:,} equal", "all", equal == total)
-        started = theirs(texts, split_special_tokens=True)["input_ids"]
-        with_bos = all(f == [bos, *i] for i, f in zip(ids, started, strict=True))
-        self.report.add(
-            "special tokens added", "bos in front" if with_bos else "others", "bos, as in training", with_bos
-        )
-        back = [theirs.decode(i, skip_special_tokens=True) for i in ids]
-        same = sum(a == b for a, b in zip(texts, back, strict=True))
-        self.report.add("text decoded from ids", f"{same} of {len(texts)} documents equal", "all", same == len(texts))
+        self.report.add_token_ids(ids, found)
+        self.report.add_started_ids(bos, ids, theirs(texts, split_special_tokens=True)["input_ids"])
+        self.report.add_decoded(texts, [theirs.decode(i, skip_special_tokens=True) for i in ids])
 
     def generate(self) -> None:
         """``model.generate`` writes something, greedily."""
