@@ -8,6 +8,20 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.quant.spec import CODES_PER_BYTE
 
 
+def code_digits(codes: Tensor) -> Tensor:
+    """Codes + 1 as uint8, in the shape of int8 ``codes``. Raises ValueError for codes outside {-1, 0, 1}."""
+    if codes.numel() and not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
+        raise ValueError("codes outside {-1, 0, 1} fit neither two bits nor a ternary digit")
+    return (codes + 1).to(torch.uint8)
+
+
+def digit_codes(digits: Tensor) -> Tensor:
+    """The inverse of :func:`code_digits`. Raises ValueError for a digit above 2, which no packer writes."""
+    if digits.numel() and int(digits.max()) > 2:
+        raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
+    return digits.to(torch.int8) - 1
+
+
 def pack_2bit(codes: Tensor) -> Tensor:
     """Ternary or binary int8 codes (out, in) to uint8 (out / 4, in); the input is left as it is.
 
@@ -18,9 +32,7 @@ def pack_2bit(codes: Tensor) -> Tensor:
     rows = codes.shape[0]
     if rows % CODES_PER_BYTE:
         raise ConfigError(f"2-bit packing needs a multiple of {CODES_PER_BYTE} output rows, this layer has {rows}.")
-    if codes.numel() and not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
-        raise ValueError("codes outside {-1, 0, 1} do not fit two bits")
-    shifted = (codes.to(torch.int16) + 1).to(torch.uint8).reshape(CODES_PER_BYTE, rows // CODES_PER_BYTE, -1)
+    shifted = code_digits(codes).reshape(CODES_PER_BYTE, rows // CODES_PER_BYTE, -1)
     packed = shifted[0].clone()
     for i in range(1, CODES_PER_BYTE):
         packed |= shifted[i] << (2 * i)
@@ -33,10 +45,7 @@ def unpack_2bit(packed: Tensor) -> Tensor:
     Raises ValueError when a byte holds the unused fourth code, which no packer writes.
     """
     parts = [(packed >> (2 * i)) & 3 for i in range(CODES_PER_BYTE)]
-    codes = torch.cat(parts, dim=0)
-    if codes.numel() and int(codes.max()) == 3:
-        raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
-    return codes.to(torch.int8) - 1
+    return digit_codes(torch.cat(parts, dim=0))
 
 
 def pack_quarters(codes: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitnet_train.export.gguf.blocks import BLOCK, I2_S_TAIL, TQ1_0_BYTES, TQ2_0_BYTES
+from bitnet_train.quant.packing import code_digits, digit_codes
 
 # TQ1_0: the codes of a block go into 32, 16 and 4 bytes of five, five and four ternary digits: (digits, bytes), digits
 # of a byte as many weights apart as there are bytes.
@@ -21,7 +22,7 @@ def pack_tq2_0(codes: Tensor, row_scale: Tensor) -> Tensor:
     j, 32 + j, 64 + j and 96 + j, from the low bits up.
     """
     rows, columns = codes.shape
-    parts = _digits(codes).reshape(rows, columns // BLOCK, 2, 4, 32)
+    parts = code_digits(codes).reshape(rows, columns // BLOCK, 2, 4, 32)
     packed = parts[..., 0, :].clone()
     for i in range(1, 4):
         packed |= parts[..., i, :] << (2 * i)
@@ -33,7 +34,7 @@ def unpack_tq2_0(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     blocks, scales = _without_scales(packed, columns, TQ2_0_BYTES)
     halves = blocks.reshape(*blocks.shape[:2], 2, 1, 32)
     digits = (halves >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]) & 3
-    return _codes(digits.reshape(packed.shape[0], columns)), scales
+    return digit_codes(digits.reshape(packed.shape[0], columns)), scales
 
 
 def pack_tq1_0(codes: Tensor, row_scale: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def pack_tq1_0(codes: Tensor, row_scale: Tensor) -> Tensor:
     fraction ``ceil(256 * digits / 243)``, from which a multiplication by 3 takes the next digit out of the top bits.
     """
     rows, columns = codes.shape
-    digits = _digits(codes).reshape(rows, columns // BLOCK, BLOCK).int()
+    digits = code_digits(codes).reshape(rows, columns // BLOCK, BLOCK).int()
     packed, first = [], 0
     for count, stride in TQ1_0_PARTS:
         part = digits[..., first : first + count * stride].reshape(rows, columns // BLOCK, count, stride)
@@ -63,7 +64,7 @@ def unpack_tq1_0(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         powers = torch.tensor([3**i for i in range(count)], dtype=torch.uint8)[:, None]
         digits.append((((stored * powers).int() * 3) >> 8).flatten(2))
         first += stride
-    return _codes(torch.cat(digits, dim=-1).reshape(packed.shape[0], columns)), scales
+    return digit_codes(torch.cat(digits, dim=-1).reshape(packed.shape[0], columns)), scales
 
 
 def pack_i2_s(codes: Tensor, scale: float) -> Tensor:
@@ -72,7 +73,7 @@ def pack_i2_s(codes: Tensor, scale: float) -> Tensor:
     Weight j of 128 goes into byte j % 32, shifted left by ``6 - 2 * (j // 32)``: the opposite order of TQ2_0. The
     float32 scale follows all codes, padded with zeros to 32 bytes.
     """
-    parts = _digits(codes).reshape(-1, 4, 32)
+    parts = code_digits(codes).reshape(-1, 4, 32)
     packed = parts[:, 3].clone()
     for i in range(3):
         packed |= parts[:, i] << (6 - 2 * i)
@@ -86,7 +87,7 @@ def unpack_i2_s(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, float]
     quarters = packed[: rows * columns // 4].reshape(-1, 1, 32)
     digits = (quarters >> torch.tensor([6, 4, 2, 0], dtype=torch.uint8)[:, None]) & 3
     scale = packed[rows * columns // 4 :][:4].clone().view(torch.float32)
-    return _codes(digits.reshape(rows, columns)), float(scale)
+    return digit_codes(digits.reshape(rows, columns)), float(scale)
 
 
 def pack_q6_k(values: Tensor) -> Tensor:
@@ -125,19 +126,6 @@ def pack_q6_k(values: Tensor) -> Tensor:
         d.reshape(rows, -1, 1).half().view(torch.uint8),
     ]
     return torch.cat(parts, dim=-1).reshape(rows, -1)
-
-
-def _digits(codes: Tensor) -> Tensor:
-    """Codes + 1 as uint8. Raises ValueError for codes outside {-1, 0, 1}."""
-    if codes.numel() and not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
-        raise ValueError("codes outside {-1, 0, 1} do not fit a ternary format")
-    return (codes + 1).to(torch.uint8).contiguous()
-
-
-def _codes(digits: Tensor) -> Tensor:
-    if digits.numel() and int(digits.max()) > 2:
-        raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
-    return digits.to(torch.int8) - 1
 
 
 def _with_scales(blocks: Tensor, row_scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.export.config import Packing
+from bitnet_train.quant.packing import code_digits, digit_codes
 
 # Codes in a byte.
 PER_BYTE = {Packing.two_bit: 4, Packing.base3: 5}
@@ -22,11 +23,8 @@ def pack_codes(codes: Tensor, packing: Packing) -> Tensor:
 
     The last byte is filled up with codes 0. Raises ValueError for codes outside {-1, 0, 1}.
     """
-    if codes.numel() and not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
-        raise ValueError("codes outside {-1, 0, 1} cannot be packed")
     per_byte, radix = PER_BYTE[packing], RADIX[packing]
-    flat = F.pad(codes.flatten(), (0, -codes.numel() % per_byte))
-    digits = (flat + 1).to(torch.uint8).reshape(-1, per_byte)
+    digits = code_digits(F.pad(codes.flatten(), (0, -codes.numel() % per_byte))).reshape(-1, per_byte)
     packed = torch.zeros(len(digits), dtype=torch.uint8)
     for i in range(per_byte):
         packed += digits[:, i] * radix**i
@@ -39,7 +37,4 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], packing: Packing) -> Te
     if packing is Packing.base3 and packed.numel() and int(packed.max()) >= radix**per_byte:
         raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
     digits = torch.stack([packed // radix**i % radix for i in range(per_byte)], dim=1)
-    codes = digits.flatten()[: torch.Size(shape).numel()]
-    if codes.numel() and int(codes.max()) > 2:
-        raise ValueError("the packed weights hold a code outside {-1, 0, 1}: the file is damaged")
-    return codes.reshape(shape).to(torch.int8) - 1
+    return digit_codes(digits.flatten()[: torch.Size(shape).numel()]).reshape(shape)
