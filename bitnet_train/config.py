@@ -23,14 +23,12 @@ from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
 from bitnet_train.nn.layout import check_spec
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.checks import check_training
-from bitnet_train.training.config import (
-    CLIP_CONFIGS,
-    LOGGER_CONFIGS,
-    LOSS_CONFIGS,
-    OPTIMIZER_CONFIGS,
-    SCHEDULE_CONFIGS,
-    RunConfig,
-)
+from bitnet_train.training.clipping.config import CLIP_CONFIGS
+from bitnet_train.training.config import RunConfig
+from bitnet_train.training.loggers.config import LOGGER_CONFIGS
+from bitnet_train.training.losses.config import LOSS_CONFIGS
+from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
+from bitnet_train.training.schedules.config import SCHEDULE_CONFIGS
 
 
 class Command(Enum):

@@ -25,7 +25,7 @@ from bitnet_train.config import (
     validate,
 )
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import WsdSchedule
+from bitnet_train.training.schedules.config import WsdSchedule
 from tests.composing import RECIPES, compose_config
 
 ORIGIN = Path("runs/tiny/config.yaml")

@@ -9,7 +9,7 @@ from bitnet_train.config import Config
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.planning.estimate import Estimate, estimate
 from bitnet_train.recipes import config_folder
-from bitnet_train.training.config import TwoStageSchedule
+from bitnet_train.training.schedules.config import TwoStageSchedule
 from tests.composing import RECIPES, compose_config
 
 

@@ -17,7 +17,7 @@ from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.export.held_out import documents
 from bitnet_train.reporting.run_facts import read_json_object
-from bitnet_train.training.config import WandbLogger
+from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.run_folder import write_atomically
 
 # Tokens per forward.

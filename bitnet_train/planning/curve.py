@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet_train.training.config import RunConfig, ScheduleConfig, TwoStageSchedule, WsdSchedule
-from bitnet_train.training.schedules import as_steps, learning_rate, weight_decay
+from bitnet_train.training.config import RunConfig
+from bitnet_train.training.schedules.config import ScheduleConfig, TwoStageSchedule, WsdSchedule
+from bitnet_train.training.schedules.factors import as_steps, learning_rate, weight_decay
 
 POINTS = 1000
 

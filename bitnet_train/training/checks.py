@@ -2,18 +2,10 @@
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
-from bitnet_train.training.config import (
-    PRECISIONS,
-    AdamWConfig,
-    ClipConfig,
-    NormClip,
-    OptimizerConfig,
-    PercentileClip,
-    RunConfig,
-    batch_plan,
-    step_sequences,
-)
-from bitnet_train.training.schedules import check_schedule
+from bitnet_train.training.clipping.config import check_clip
+from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
+from bitnet_train.training.optimizers.config import check_optimizer
+from bitnet_train.training.schedules.factors import check_schedule
 
 
 def check_training(cfg: RunConfig) -> None:
@@ -62,26 +54,3 @@ def check_trainer(cfg: RunConfig) -> None:
         )
     else:
         batch_plan(trainer, cfg.data.sequence_length)
-
-
-def check_optimizer(cfg: OptimizerConfig) -> None:
-    """Raises ConfigError for values that no optimizer takes."""
-    if cfg.lr <= 0:
-        raise ConfigError(f"optimizer.lr must be positive, it is {cfg.lr:g}.")
-    if cfg.weight_decay < 0:
-        raise ConfigError(f"optimizer.weight_decay cannot be negative, it is {cfg.weight_decay:g}.")
-    if isinstance(cfg, AdamWConfig) and (len(cfg.betas) != 2 or not all(0 <= b < 1 for b in cfg.betas) or cfg.eps <= 0):
-        raise ConfigError(
-            f"optimizer.betas must be two numbers in [0, 1) and eps positive, they are {cfg.betas} and {cfg.eps:g}."
-        )
-
-
-def check_clip(cfg: ClipConfig) -> None:
-    """Raises ConfigError for thresholds that cannot be."""
-    if isinstance(cfg, NormClip) and cfg.max_norm <= 0:
-        raise ConfigError(f"clip.max_norm must be positive, it is {cfg.max_norm:g}; use clip=none for no clipping.")
-    if isinstance(cfg, PercentileClip):
-        if not 0 < cfg.percentile <= 100:
-            raise ConfigError(f"clip.percentile must be above 0 and at most 100, it is {cfg.percentile:g}.")
-        if cfg.initial <= 0 or not 1 <= cfg.min_history <= cfg.window:
-            raise ConfigError("clip.initial must be positive and clip.min_history between 1 and clip.window.")

@@ -5,185 +5,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Union
 
-from omegaconf import MISSING
-
 from bitnet_train.data.config import DataConfig
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.kernels.config import KernelConfig
 from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
 from bitnet_train.quant.config import QuantConfig
-
-# ---------------------------------------------------------------- optimizer
-
-
-@dataclass
-class OptimizerConfig:
-    """Base of the optimizers; every subclass is an option of the ``optimizer`` group."""
-
-    name: str = MISSING
-    # Peak learning rate; the schedule is a factor of it.
-    lr: float = 1e-3
-    # Peak decoupled weight decay of matrices and embeddings (not of norms and biases); schedules are factors of it.
-    weight_decay: float = 0.1
-
-
-@dataclass
-class AdamWConfig(OptimizerConfig):
-    name: str = "adamw"
-    # Decay rates of the first and second moment.
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    # Added to the root of the second moment.
-    eps: float = 1e-8
-
-
-OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig}
-
-# ---------------------------------------------------------------- schedules
-
-
-class Shape(Enum):
-    """The way of a factor over a stage: stays, falls on a line, or falls on half a cosine."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-@dataclass
-class ScheduleConfig:
-    """Base of the learning-rate schedules; every subclass is an option of the ``schedule`` group."""
-
-    name: str = MISSING
-    # Steps of linear warm-up from zero: a number of steps, or below 1 a share of trainer.max_steps.
-    warmup: float = 0.0
-
-
-@dataclass
-class ConstantSchedule(ScheduleConfig):
-    name: str = "constant"
-
-
-@dataclass
-class LinearSchedule(ScheduleConfig):
-    name: str = "linear"
-    # Factor of optimizer.lr at the end.
-    final: float = 0.0
-
-
-@dataclass
-class CosineSchedule(ScheduleConfig):
-    name: str = "cosine"
-    # Factor of optimizer.lr at the end.
-    final: float = 0.1
-
-
-@dataclass
-class WsdSchedule(ScheduleConfig):
-    """Warm-up, stable, decay (arXiv 2404.06395)."""
-
-    name: str = "wsd"
-    # Length of the decay at the end: a number of steps, or below 1 a share of trainer.max_steps.
-    decay: float = 0.2
-    # The decay's way down.
-    shape: Shape = Shape.linear
-    # Factor of optimizer.lr at the end.
-    final: float = 0.0
-
-
-@dataclass
-class StageConfig:
-    """A span of the run with its own learning-rate peak, decay and weight decay."""
-
-    # Share of trainer.max_steps that the stage takes; the stages' shares add up to 1.
-    share: float = MISSING
-    # Factor of optimizer.lr at the start of the stage.
-    lr: float = 1.0
-    # Way of the learning rate through the stage.
-    shape: Shape = Shape.linear
-    # Factor of optimizer.lr that the stage ends with; only where the shape is not constant.
-    final: float | None = None
-    # Factor of optimizer.weight_decay at the start of the stage.
-    weight_decay: float = 1.0
-    # Way of the weight decay through the stage.
-    weight_decay_shape: Shape = Shape.constant
-    # Factor of optimizer.weight_decay that the stage ends with; only where weight_decay_shape is not constant.
-    weight_decay_final: float | None = None
-
-
-@dataclass
-class TwoStageSchedule(ScheduleConfig):
-    """Two (or more) stages, as in BitNet b1.58 2B4T (arXiv 2504.12285, section 2.2)."""
-
-    name: str = "two_stage"
-    stages: list[StageConfig] = field(default_factory=list)
-
-
-SCHEDULE_CONFIGS: dict[str, type[ScheduleConfig]] = {
-    "constant": ConstantSchedule,
-    "linear": LinearSchedule,
-    "cosine": CosineSchedule,
-    "wsd": WsdSchedule,
-    "two_stage": TwoStageSchedule,
-}
-
-# ---------------------------------------------------------------- clipping
-
-
-@dataclass
-class ClipConfig:
-    """Base of the gradient-clipping rules; every subclass is an option of the ``clip`` group."""
-
-    name: str = MISSING
-
-
-@dataclass
-class NoClip(ClipConfig):
-    name: str = "none"
-
-
-@dataclass
-class NormClip(ClipConfig):
-    name: str = "norm"
-    # Largest L2 norm of the whole gradient.
-    max_norm: float = 1.0
-
-
-@dataclass
-class PercentileClip(ClipConfig):
-    """AutoClip (Seetharaman et al. 2020): the threshold is a percentile of the norms seen so far."""
-
-    name: str = "percentile"
-    # Percentile of the past norms, 0 to 100.
-    percentile: float = 90.0
-    # How many past norms are remembered.
-    window: int = 256
-    # Threshold of the first steps, until min_history norms are known.
-    initial: float = 1.0
-    # Norms that must be known before the percentile is used.
-    min_history: int = 16
-
-
-CLIP_CONFIGS: dict[str, type[ClipConfig]] = {"none": NoClip, "norm": NormClip, "percentile": PercentileClip}
-
-# ---------------------------------------------------------------- loss
-
-
-@dataclass
-class LossConfig:
-    """Base of the losses; every subclass is an option of the ``loss`` group."""
-
-    name: str = MISSING
-
-
-@dataclass
-class CrossEntropyLoss(LossConfig):
-    name: str = "cross_entropy"
-
-
-LOSS_CONFIGS: dict[str, type[LossConfig]] = {"cross_entropy": CrossEntropyLoss}
-
-# ---------------------------------------------------------------- trainer
+from bitnet_train.training.clipping.config import ClipConfig, NormClip
+from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
+from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
+from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
+from bitnet_train.training.schedules.config import ConstantSchedule, LinearSchedule, ScheduleConfig
 
 
 class Accelerator(Enum):
@@ -239,37 +71,6 @@ class SamplesConfig:
     max_new_tokens: int = 96
     # Softmax temperature; 0 takes the most likely token.
     temperature: float = 0.8
-
-
-@dataclass
-class LoggerConfig:
-    """Base of the loggers beside metrics.csv; every subclass is an option of the ``logger`` group."""
-
-    name: str = MISSING
-
-
-@dataclass
-class CsvLogger(LoggerConfig):
-    """metrics.csv alone."""
-
-    name: str = "csv"
-
-
-@dataclass
-class WandbLogger(LoggerConfig):
-    """metrics.csv and Weights & Biases; offline when no key is configured."""
-
-    name: str = "wandb"
-    project: str = "bitnet_train"
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
-    # Keep the run on this machine even if a key is configured.
-    offline: bool = False
-
-
-LOGGER_CONFIGS: dict[str, type[LoggerConfig]] = {"csv": CsvLogger, "wandb": WandbLogger}
-
-# ---------------------------------------------------------------- all of a run
 
 
 @dataclass

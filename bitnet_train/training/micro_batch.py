@@ -28,7 +28,7 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.config import RunConfig, step_sequences
 from bitnet_train.training.device import Choices
 from bitnet_train.training.module import PretrainingModule
-from bitnet_train.training.optimizers import build_optimizer
+from bitnet_train.training.optimizers.build import build_optimizer
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Two sizes whose peaks lie further apart than this make a line; below it is noise (pages, the allocator's arenas).

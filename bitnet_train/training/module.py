@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
-from bitnet_train.training.clipping import ClipResult, build_clip
+from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, batch_plan
-from bitnet_train.training.losses import build_loss
-from bitnet_train.training.optimizers import build_optimizer
+from bitnet_train.training.losses.cross_entropy import build_loss
+from bitnet_train.training.optimizers.build import build_optimizer
 from bitnet_train.training.step import next_token_loss, set_step_rates
 
 

@@ -33,9 +33,10 @@ from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.callbacks.tasks import Tasks, cut_evaluations
 from bitnet_train.training.callbacks.validation import Validation
-from bitnet_train.training.config import RunConfig, WandbLogger, batch_plan
+from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
+from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.micro_batch import find_micro_batch
 from bitnet_train.training.module import PretrainingModule

@@ -6,9 +6,9 @@ from torch import Tensor
 from bitnet_train.data.windows import document_numbers
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.config import RunConfig
-from bitnet_train.training.losses import Loss
-from bitnet_train.training.optimizers import set_rates
-from bitnet_train.training.schedules import learning_rate, weight_decay
+from bitnet_train.training.losses.cross_entropy import Loss
+from bitnet_train.training.optimizers.build import set_rates
+from bitnet_train.training.schedules.factors import learning_rate, weight_decay
 
 
 def next_token_loss(decoder: Decoder, loss: Loss, ids: Tensor, bos_id: int | None) -> Tensor:

@@ -20,9 +20,9 @@ from bitnet_train.planning.memory import training_memory
 from bitnet_train.planning.parameters import count_parameters
 from bitnet_train.planning.sizes import ENTRY_BYTES, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
-from bitnet_train.training.config import AdamWConfig
-from bitnet_train.training.losses import linear_cross_entropy
-from bitnet_train.training.optimizers import build_optimizer
+from bitnet_train.training.losses.cross_entropy import linear_cross_entropy
+from bitnet_train.training.optimizers.build import build_optimizer
+from bitnet_train.training.optimizers.config import AdamWConfig
 from tests.composing import compose_config
 
 SMALL = DecoderConfig(hidden=64, layers=2, heads=4, kv_heads=2, ffn=160, context=64, vocab=300)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitnet_train.training.clipping import CLIP_RULES, ClipRule, build_clip
-from bitnet_train.training.config import CLIP_CONFIGS, NoClip, NormClip, PercentileClip
+from bitnet_train.training.clipping.config import CLIP_CONFIGS, NoClip, NormClip, PercentileClip
+from bitnet_train.training.clipping.rules import CLIP_RULES, ClipRule, build_clip
 
 
 def parameters(norm: float, seed: int = 0) -> list[nn.Parameter]:

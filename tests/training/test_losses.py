@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet_train.training import losses
 from bitnet_train.training.chunks import chunk_tokens
-from bitnet_train.training.losses import linear_cross_entropy
+from bitnet_train.training.losses import cross_entropy as losses
+from bitnet_train.training.losses.cross_entropy import linear_cross_entropy
 
 
 def inputs(dtype: torch.dtype = torch.float32, vocab: int = 50) -> tuple[Tensor, Tensor, Tensor]:

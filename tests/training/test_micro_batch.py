@@ -22,7 +22,7 @@ from bitnet_train.training.config import RunConfig, TrainerConfig, batch_plan
 from bitnet_train.training.device import Choices
 from bitnet_train.training.micro_batch import GpuMemory, MicroBatch, ProcessMemory, find_micro_batch, optimizer_bytes
 from bitnet_train.training.module import PretrainingModule
-from bitnet_train.training.optimizers import build_optimizer
+from bitnet_train.training.optimizers.build import build_optimizer
 from tests.composing import compose_config
 from tests.training.conftest import SETTINGS, Workspace
 

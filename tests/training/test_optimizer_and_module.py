@@ -13,10 +13,11 @@ from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.quant.weights import quantise_weight
 from bitnet_train.training.callbacks.samples import HEADING, cut_samples
-from bitnet_train.training.config import AdamWConfig, RunConfig, TrainerConfig, batch_plan
-from bitnet_train.training.losses import linear_cross_entropy
+from bitnet_train.training.config import RunConfig, TrainerConfig, batch_plan
+from bitnet_train.training.losses.cross_entropy import linear_cross_entropy
 from bitnet_train.training.module import PretrainingModule
-from bitnet_train.training.optimizers import build_optimizer, set_rates
+from bitnet_train.training.optimizers.build import build_optimizer, set_rates
+from bitnet_train.training.optimizers.config import AdamWConfig
 
 CFG = DecoderConfig(hidden=32, layers=2, heads=2, kv_heads=1, ffn=64, context=64, vocab=97)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import (
+from bitnet_train.training.schedules.config import (
     SCHEDULE_CONFIGS,
     ConstantSchedule,
     CosineSchedule,
@@ -19,7 +19,7 @@ from bitnet_train.training.config import (
     TwoStageSchedule,
     WsdSchedule,
 )
-from bitnet_train.training.schedules import (
+from bitnet_train.training.schedules.factors import (
     SCHEDULES,
     as_steps,
     check_schedule,

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import WandbLogger
+from bitnet_train.training.loggers.config import WandbLogger
 
 
 def build_wandb(cfg: WandbLogger, run_name: str, folder: Path, config: dict[str, Any]) -> tuple[Logger, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import ClipConfig, NoClip, NormClip, PercentileClip
+from bitnet_train.training.clipping.config import ClipConfig, NoClip, NormClip, PercentileClip
 
 
 class ClipResult(NamedTuple):
@@ -94,5 +94,5 @@ CLIP_RULES: dict[type[ClipConfig], Callable[..., ClipRule]] = {
 def build_clip(cfg: ClipConfig) -> ClipRule:
     """The clip rule of a configuration, whose values :func:`check_run` has checked."""
     if type(cfg) not in CLIP_RULES:
-        raise ConfigError(f"clip={cfg.name} has no entry in bitnet_train.training.clipping.CLIP_RULES")
+        raise ConfigError(f"clip={cfg.name} has no entry in bitnet_train.training.clipping.rules.CLIP_RULES")
     return CLIP_RULES[type(cfg)](cfg)

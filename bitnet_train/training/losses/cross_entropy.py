@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.chunks import chunk_tokens
-from bitnet_train.training.config import CrossEntropyLoss, LossConfig
+from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
 
 # (states (batch, tokens, hidden), head weight (vocab, hidden), targets (batch, tokens)) -> scalar mean over all tokens
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,5 +79,5 @@ LOSSES: dict[type[LossConfig], Callable[..., Loss]] = {CrossEntropyLoss: lambda 
 def build_loss(cfg: LossConfig) -> Loss:
     """The loss of a configuration."""
     if type(cfg) not in LOSSES:
-        raise ConfigError(f"loss={cfg.name} has no entry in bitnet_train.training.losses.LOSSES")
+        raise ConfigError(f"loss={cfg.name} has no entry in bitnet_train.training.losses.cross_entropy.LOSSES")
     return LOSSES[type(cfg)](cfg)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import (
+from bitnet_train.training.schedules.config import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
@@ -124,7 +124,7 @@ def weight_decay(cfg: ScheduleConfig, decay: ScheduleConfig, peak: float, step: 
 def check_schedule(cfg: ScheduleConfig, total: int, key: str = "schedule") -> None:
     """Raises ConfigError when the spans of a schedule do not fit into ``total`` steps or contradict themselves."""
     if type(cfg) not in SCHEDULES:
-        raise ConfigError(f"{key}={cfg.name} has no entry in bitnet_train.training.schedules.SCHEDULES.")
+        raise ConfigError(f"{key}={cfg.name} has no entry in bitnet_train.training.schedules.factors.SCHEDULES.")
     warm = as_steps(cfg.warmup, total)
     if cfg.warmup < 0 or warm >= total:
         raise ConfigError(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import AdamWConfig, OptimizerConfig
+from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -37,7 +37,7 @@ OPTIMIZERS: dict[type[OptimizerConfig], Callable[..., torch.optim.Optimizer]] = 
 def build_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a configuration over the parameters of ``model``, fused where the device has it."""
     if type(cfg) not in OPTIMIZERS:
-        raise ConfigError(f"optimizer={cfg.name} has no entry in bitnet_train.training.optimizers.OPTIMIZERS")
+        raise ConfigError(f"optimizer={cfg.name} has no entry in bitnet_train.training.optimizers.build.OPTIMIZERS")
     return OPTIMIZERS[type(cfg)](cfg, model)
 
 
