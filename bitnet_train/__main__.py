@@ -20,12 +20,22 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitnet_train.config import ON_A_RUN, VARIANTS, Command, check_keys, from_plain, may_change, to_config
+from bitnet_train.config import (
+    KINDS,
+    ON_A_RUN,
+    VARIANTS,
+    Command,
+    check_keys,
+    from_plain,
+    may_change,
+    to_config,
+    with_kinds,
+)
 from bitnet_train.data.corpus import open_corpus
 from bitnet_train.errors import BitnetTrainError, ConfigError
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
-from bitnet_train.recipes import Catalogue, config_folder, register, settle, yaml_reason
+from bitnet_train.recipes import Catalogue, check_one_kind, config_folder, option_of, register, settle, yaml_reason
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Overrides that never name a sweep's job.
@@ -132,15 +142,44 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
 
     Raises HydraException or OmegaConfBaseException, which :func:`explain` puts into words.
     """
-    settle(catalogue, {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)})
+    given = {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)}
+    base = kinds_of_run(catalogue, given)
+    settle(catalogue, base | given)
     jobs = []
 
     def keep(node: DictConfig) -> None:
         recipe = HydraConfig.get().runtime.choices.get("recipe")
         jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name))
 
-    _hydra_main(keep, others, overrides)
+    _hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
     return jobs[0] if jobs else None
+
+
+def kinds_of_run(catalogue: Catalogue, given: dict[str, str]) -> dict[str, str]:
+    """Group -> option to compose with, so that the command line may set what only the kinds of ``run=`` have.
+
+    Empty for a run on text, whose kinds are the default ones, and where a recipe tells the kinds.
+    """
+    folder = Path(given.get("run", "").strip("'\"")).expanduser()
+    if "run" not in given or "recipe" in given:
+        return {}
+    try:
+        saved = with_kinds(_read_saved(_saved_file(folder) or folder))
+        kinds = {key: str(saved[key]["name"]) for key in KINDS}
+        if kinds == {key: next(iter(options)) for key, options in KINDS.items()}:
+            return {}
+        source = str(saved["data"]["source"]["name"])
+    except (ConfigError, KeyError, TypeError):
+        return {}  # said when the run is opened
+    return {
+        **{key: name for key, kind in kinds.items() if (name := option_of(catalogue, key, kind))},
+        "data/source": source,
+    }
+
+
+def _saved_file(folder: Path) -> Path | None:
+    """The configuration of the run that ``folder`` is, or, of an export, that it lies in."""
+    return next((p for p in (folder / "config.yaml", folder.parent.parent / "config.yaml") if p.is_file()), None)
 
 
 def _hydra_main(task: Callable[[DictConfig], None], others: list[str], overrides: list[str]) -> None:
@@ -190,7 +229,10 @@ def _hydra_sweep(others: list[str], overrides: list[str], catalogue: Catalogue) 
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
     fixed = {line.lstrip("+").partition("=")[0]: line.partition("=")[2] for line in overrides}
-    settle(catalogue, {key: value for key, value in fixed.items() if key not in swept})
+    _, combinations = expand(overrides)
+    every = [{key.lstrip("+"): value for key, _, value in (o.partition("=") for o in one)} for one in combinations]
+    kinds = check_one_kind(catalogue, every)
+    settle(catalogue, {key: value for key, value in fixed.items() if key not in swept}, kinds)
     codes: list[int] = []
 
     def job(node: DictConfig) -> None:
@@ -224,8 +266,8 @@ def run_job(job: Job, catalogue: Catalogue) -> int:
             raise ConfigError(f"run= is for {those}; command={command} starts from a recipe.")
         node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
         cfg = to_config(node)
-        if node.command in NEED_TEXT:
-            open_corpus(cfg.data.corpus)  # says at once that the text is missing
+        if node.command in NEED_TEXT and not cfg.on_images:
+            open_corpus(cfg.text.corpus)  # says at once that the text is missing
 
     from bitnet_train.commands import run
 
@@ -291,7 +333,7 @@ def on_a_run(job: Job) -> DictConfig:
     folder = Path(node.run).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"run={node.run} does not exist: give the folder of a run, such as runs/tiny.")
-    saved_file = next((p for p in (folder / "config.yaml", folder.parent.parent / "config.yaml") if p.is_file()), None)
+    saved_file = _saved_file(folder)
     if saved_file is None:
         sweep = command == "report" and any(folder.glob("**/config.yaml"))
         if sweep or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):

@@ -13,14 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
-from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
+from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data
+from bitnet_train.data.images.config import IMAGE_SOURCE_CONFIGS, ImageDataConfig
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
-from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
+from bitnet_train.nn.config import INIT_CONFIGS, DecoderConfig, check_decoder, check_init
 from bitnet_train.nn.layout import check_spec
+from bitnet_train.nn.vision.config import VISION_CONFIGS
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
@@ -29,6 +31,7 @@ from bitnet_train.training.loggers.config import LOGGER_CONFIGS
 from bitnet_train.training.losses.config import LOSS_CONFIGS
 from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
 from bitnet_train.training.schedules.config import SCHEDULE_CONFIGS
+from bitnet_train.training.vision.checks import check_vision
 
 
 class Command(Enum):
@@ -83,12 +86,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "init": INIT_CONFIGS,
     "data.corpus": CORPUS_CONFIGS,
     "data.tokenizer": TOKENIZER_CONFIGS,
+    "data.source": IMAGE_SOURCE_CONFIGS,
     "optimizer": OPTIMIZER_CONFIGS,
     "schedule": SCHEDULE_CONFIGS,
     "weight_decay_schedule": SCHEDULE_CONFIGS,
     "clip": CLIP_CONFIGS,
     "loss": LOSS_CONFIGS,
     "logger": LOGGER_CONFIGS,
+}
+
+# Variants whose options are files, conf/model/NAME.yaml and conf/data/NAME.yaml: each says by its ``name`` which
+# dataclass it fills; one without a name is of the first.
+KINDS: dict[str, dict[str, Any]] = {
+    "model": {"decoder": DecoderConfig, **VISION_CONFIGS},
+    "data": {"text": DataConfig, "images": ImageDataConfig},
 }
 
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
@@ -105,19 +116,14 @@ def validate(cfg: Config) -> None:
     for name in ("runs", "data"):
         if not getattr(cfg.paths, name):
             raise ConfigError(f"paths.{name} is empty: give a folder.")
-    check_decoder(cfg.model)
-    spec = build_spec(cfg.quant)
-    check_spec(cfg.model, spec)
-    check_init(cfg.init, cfg.model.norms)
-    check_data(cfg.data, cfg.model.context)
-    if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab={cfg.model.vocab} is smaller than data.tokenizer.vocab_size={cfg.data.tokenizer.vocab_size}: "
-            "raise it, or leave it out to follow the tokenizer."
-        )
+    if cfg.on_images:
+        check_vision(cfg, cfg.command.value)
+    else:
+        _check_language(cfg)
     check_kernels(cfg.kernels)
     check_training(cfg)
-    check_formats(cfg.export, cfg.model, spec)
+    if not cfg.on_images:
+        check_formats(cfg.export, cfg.decoder, build_spec(cfg.quant))
     if set(cfg.resume) != {"from"}:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")
         raise ConfigError(f"resume.{wrong} is not a configuration key. Did you mean 'resume.from'?")
@@ -129,6 +135,19 @@ def validate(cfg: Config) -> None:
     check_benchmark(cfg.benchmark)
     if cfg.command is Command.benchmark:
         check_benchmarked(cfg)
+
+
+def _check_language(cfg: Config) -> None:
+    model, text = cfg.decoder, cfg.text
+    check_decoder(model)
+    check_spec(model, build_spec(cfg.quant))
+    check_init(cfg.init, model.norms)
+    check_data(text, model.context)
+    if model.vocab < text.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab={model.vocab} is smaller than data.tokenizer.vocab_size={text.tokenizer.vocab_size}: "
+            "raise it, or leave it out to follow the tokenizer."
+        )
 
 
 def check_benchmarked(cfg: Config) -> None:
@@ -168,13 +187,26 @@ def with_overrides(cfg: Config, overrides: list[str], origin: str) -> Config:
 
 def check_names(cfg: Config) -> None:
     """Raises ConfigError when a variant's ``name`` was set by hand: it tells the dataclass and does not choose it."""
-    for key, options in VARIANTS.items():
+    for key, options in (KINDS | VARIANTS).items():
         value: Any = cfg
         for part in key.split("."):
-            value = getattr(value, part)
+            value = getattr(value, part, None)
+        if value is None:
+            continue  # a part of the other kind of data
         if options.get(value.name) is not type(value):
             group = key.replace(".", "/")
-            raise ConfigError(f"{key}.name={value.name} does not choose anything: write {group}={value.name}.")
+            how = f"choose {group}= with an option of that kind" if key in KINDS else f"write {group}={value.name}"
+            raise ConfigError(f"{key}.name={value.name} does not choose anything: {how}.")
+
+
+def check_kinds(node: DictConfig) -> None:
+    """Raises ConfigError when the model and the data are not for each other."""
+    model, data = (OmegaConf.get_type(node, key) for key in KINDS)
+    if (model is DecoderConfig) != (data is DataConfig):
+        what = "a language model, and data= holds images" if model is DecoderConfig else "an image classifier"
+        wanted = "data=stdlib" if model is DecoderConfig else "data=digits"
+        lacks = "" if model is DecoderConfig else ", and data= holds text"
+        raise ConfigError(f"model= is {what}{lacks}: choose data of the model's kind, such as {wanted}.")
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:
@@ -206,6 +238,8 @@ def unknown_key(key: str, kind: Any = None) -> str:
         has = f"{group}={chosen} has {', '.join(own)}" if own else f"{group}={chosen} has no settings"
         hint = f" {leaf} belongs to {group}={' and '.join(others)}." if others else did_you_mean(leaf, own)
         return f"{key} is not a configuration key: {has}.{hint}"
+    if elsewhere := _of_another_kind(key, kind):
+        return f"{key} is not a configuration key where {elsewhere}."
     siblings = [f.name for f in fields(kind)] if is_dataclass(kind) else []
     near = did_you_mean(leaf, siblings)
     if near and parent:
@@ -213,10 +247,21 @@ def unknown_key(key: str, kind: Any = None) -> str:
     return f"{key} is not a configuration key.{near or did_you_mean(key, known_keys())}"
 
 
+def _of_another_kind(key: str, kind: Any) -> str:
+    """The clause about a key of ``model`` or ``data`` that only other kinds than ``kind`` have; empty for others."""
+    group, _, rest = key.partition(".")
+    kinds = KINDS.get(group, {})
+    own = next((name for name, option in kinds.items() if option is kind), None)
+    having = [name for name, option in kinds.items() if rest.split(".")[0] in {f.name for f in fields(option)}]
+    if own is None or not having or own in having:
+        return ""
+    return f"{group}.name is {own}: it belongs to {' and '.join(having)}"
+
+
 def known_keys() -> list[str]:
     """Every key of every variant, and every part of the configuration that holds keys."""
     found = {key: None for key, _ in flatten(to_plain(Config()))}
-    for prefix, options in VARIANTS.items():
+    for prefix, options in (KINDS | VARIANTS).items():
         found |= {f"{prefix}.{f.name}": None for option in options.values() for f in fields(option)}
     for key in list(found):
         while "." in key:
@@ -228,6 +273,7 @@ def known_keys() -> list[str]:
 def to_config(node: DictConfig) -> Config:
     """The typed configuration of a composed one, validated. Raises ConfigError."""
     check_keys(node)
+    check_kinds(node)
     cfg = OmegaConf.to_object(node)
     assert isinstance(cfg, Config)
     validate(cfg)
@@ -249,8 +295,10 @@ def to_yaml(cfg: Config) -> str:
 def from_plain(plain: dict[str, Any], origin: Path) -> DictConfig:
     """The structured configuration of a saved one, each variant of its own type. Raises ConfigError if it is none."""
     base = OmegaConf.structured(Config)
-    saved = OmegaConf.create(plain)
-    for key, options in VARIANTS.items():
+    saved = OmegaConf.create(with_kinds(plain))
+    for key, options in (KINDS | VARIANTS).items():
+        if "." in key and OmegaConf.select(base, key) is None:
+            continue  # a part of the other kind of data
         name = OmegaConf.select(saved, f"{key}.name")
         if name is None:
             raise ConfigError(f"{origin} is not the configuration of a run: it has no {key}.name.")
@@ -263,6 +311,15 @@ def from_plain(plain: dict[str, Any], origin: Path) -> DictConfig:
         raise ConfigError(f"{origin} is not a configuration of this version: {str(error).splitlines()[0]}.") from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def with_kinds(plain: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with ``model.name`` and ``data.name``, which those of older versions lack."""
+    filled = dict(plain)
+    for key, options in KINDS.items():
+        if isinstance(filled.get(key), dict):
+            filled[key] = {"name": next(iter(options)), **filled[key]}
+    return filled
 
 
 def flatten(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -281,7 +338,7 @@ def may_change(key: str) -> bool:
 
 def check_continuation(saved: dict[str, Any], cfg: Config, origin: Path) -> None:
     """Raises ConfigError, naming the key, when ``cfg`` would change what the saved run computes."""
-    old, new = dict(flatten(saved)), dict(flatten(to_plain(cfg)))
+    old, new = dict(flatten(with_kinds(saved))), dict(flatten(to_plain(cfg)))
     for key in [*new, *(k for k in old if k not in new)]:
         if old.get(key) != new.get(key) and not may_change(key):
             raise ConfigError(

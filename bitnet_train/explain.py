@@ -20,7 +20,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from bitnet_train.config import VARIANTS, Config, unknown_key
+from bitnet_train.config import KINDS, VARIANTS, Config, unknown_key
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.recipes import Catalogue, overridden, yaml_reason
 
@@ -224,7 +224,11 @@ def _composition(text: str, catalogue: Catalogue) -> str:
 
 def _not_settings(kind: str, value: str, catalogue: Catalogue) -> str:
     """A recipe that says ``schedule: cosine`` where only the settings of a schedule can stand."""
-    keys = [key for key, options in VARIANTS.items() if any(option.__name__ == kind for option in options.values())]
+    keys = [
+        key
+        for key, options in (KINDS | VARIANTS).items()
+        if any(option.__name__ == kind for option in options.values())
+    ]
     keys += [key for key, part in vars(Config()).items() if type(part).__name__ == kind and key not in keys]
     groups = [key.replace(".", "/") for key in keys if key.replace(".", "/") in catalogue.options]
     fitting = [group for group in groups if value in catalogue.options[group]] or groups

@@ -10,8 +10,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from bitnet_train.config import VARIANTS, Config
-from bitnet_train.errors import ConfigError
+from bitnet_train.config import KINDS, VARIANTS, Config
+from bitnet_train.errors import ConfigError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -50,11 +50,17 @@ def config_folder(name: str) -> Path:
     raise ConfigError(f"The installation lacks its '{name}' folder: install bitnet-train again.")
 
 
-def schema() -> DictConfig:
-    """The typed configuration with its variants still open: the config groups choose their dataclasses."""
+def schema(kinds: dict[str, str] | None = None) -> DictConfig:
+    """The typed configuration with its variants still open: the config groups choose their dataclasses.
+
+    ``kinds`` are those of ``model`` and ``data``, whose options are files and bring no dataclass; the first by default.
+    """
     node = OmegaConf.structured(Config)
+    for key, name in (kinds or {}).items():
+        OmegaConf.update(node, key, OmegaConf.structured(KINDS[key][name]), merge=False)
     for key in VARIANTS:
-        OmegaConf.update(node, key, "???")
+        if "." not in key or OmegaConf.select(node, key) is not None:
+            OmegaConf.update(node, key, "???")
     return node
 
 
@@ -94,7 +100,7 @@ def register(user_folder: Path | None) -> Catalogue:
 
 def _note_files(catalogue: Catalogue, folder: Path) -> None:
     """The options in ``folder``'s group folders, which Hydra reads by itself."""
-    known = {"data", "model", "quant", *(key.replace(".", "/") for key in VARIANTS)}
+    known = {"quant", *KINDS, *(key.replace(".", "/") for key in VARIANTS)}
     for group in sorted(known):
         for path in sorted((folder / group).glob("*.yaml")):
             catalogue.add(group, path.stem, path)
@@ -122,22 +128,29 @@ def _read_recipe(catalogue: Catalogue, path: Path) -> bool:
     return True
 
 
-def settle(catalogue: Catalogue, given: dict[str, str]) -> None:
+def settle(catalogue: Catalogue, given: dict[str, str], kinds: dict[str, str] | None = None) -> None:
     """Let the choices in ``given`` (the command line's: group -> option) and of outer recipes win over inner ones.
 
     ``+recipe=2b4t schedule=linear`` would otherwise meet the recipe's ``schedule.stages``, which linear does not have.
     What a recipe sets for its own variant and the chosen one does not know is left out; everything else stays, so that
     a rate that both know is kept and a typo is an error. (Recipes in Hydra's own style are merged as they are.)
+    ``kinds`` are those of the jobs of a sweep whose choices are not in ``given``.
     """
     store = ConfigStore.instance()
     recipe = given.get("recipe", "")
+    kinds = kinds or chosen_kinds(catalogue, given)
+    store.store(name="schema", node=schema(kinds))
     for name in _lineage(catalogue, recipe):
         if f"{name}.yaml" not in store.repo["recipe"]:
             continue  # one that Hydra reads by itself
         node = copy.deepcopy(catalogue.recipe_nodes[name])
-        for key, options in VARIANTS.items():
-            own = options.get(_choice(catalogue, name, key, {}))
-            final = options.get(_choice(catalogue, recipe, key, given))
+        for key, options in (KINDS | VARIANTS).items():
+            if key in KINDS:
+                own = options[_kind(catalogue, key, _choice(catalogue, name, key, {}))]
+                final = options[kinds[key]]
+            else:
+                own = options.get(_choice(catalogue, name, key, {}))
+                final = options.get(_choice(catalogue, recipe, key, given))
             block = OmegaConf.select(node, key)
             if own is None or final is None or own is final or not isinstance(block, DictConfig):
                 continue
@@ -145,6 +158,51 @@ def settle(catalogue: Catalogue, given: dict[str, str]) -> None:
             for name_of_field in [str(k) for k in block if k in lost - known]:
                 del block[name_of_field]
         store.store(group="recipe", name=name, node=node, package="_global_")
+
+
+def chosen_kinds(catalogue: Catalogue, given: dict[str, str]) -> dict[str, str]:
+    """The kinds of ``model`` and ``data`` that the choices in ``given`` come to. Raises ConfigError for an unknown one.
+
+    They decide what the keys below may be, so they are needed before anything is composed.
+    """
+    recipe = given.get("recipe", "")
+    return {key: _kind(catalogue, key, _choice(catalogue, recipe, key, given)) for key in KINDS}
+
+
+def check_one_kind(catalogue: Catalogue, jobs: list[dict[str, str]]) -> dict[str, str]:
+    """The kinds of all jobs of a sweep that Hydra composes. Raises ConfigError when they are not the same."""
+    kinds = [chosen_kinds(catalogue, given) for given in jobs]
+    if any(other != kinds[0] for other in kinds):
+        raise ConfigError(
+            "hydra/launcher= and hydra/sweeper= take jobs of one kind of model at a time: sweep over language models "
+            "and over image classifiers in two commands."
+        )
+    return kinds[0]
+
+
+def option_of(catalogue: Catalogue, group: str, kind: str) -> str | None:
+    """Any option of ``group`` that is of ``kind``, or None."""
+    return next((name for name in catalogue.options.get(group, []) if _kind(catalogue, group, name) == kind), None)
+
+
+def _kind(catalogue: Catalogue, group: str, option: str) -> str:
+    """The ``name`` in the file of an option, or in one that it inherits; by default the first kind."""
+    options = KINDS[group]
+    file = catalogue.files.get(f"{group}/{option}")
+    try:
+        node = OmegaConf.load(file) if file is not None else None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        node = None  # said when the file is composed
+    if not isinstance(node, DictConfig):
+        return option if option in options else next(iter(options))
+    if "name" not in node:
+        parents = [entry for entry in defaults_of(node) if isinstance(entry, str) and entry not in ("_self_", option)]
+        return _kind(catalogue, group, parents[-1]) if parents else next(iter(options))
+    name = str(node["name"])
+    if name not in options:
+        near = did_you_mean(name, options)
+        raise ConfigError(f"{file}: name is '{name}'; it must be one of {', '.join(options)}.{near}")
+    return name
 
 
 def _lineage(catalogue: Catalogue, recipe: str) -> list[str]:

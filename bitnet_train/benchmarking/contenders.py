@@ -40,10 +40,10 @@ class Contender:
         cfg = self.cfg
         backend = choose_backend(self.device, cfg.kernels.backend).backend
         if self.layers == "own":
-            return build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, backend)
-        decoder = build_decoder(cfg.model, build_spec(unquantised()), cfg.init, cfg.seed, backend)
+            return build_decoder(cfg.decoder, build_spec(cfg.quant), cfg.init, cfg.seed, backend)
+        decoder = build_decoder(cfg.decoder, build_spec(unquantised()), cfg.init, cfg.seed, backend)
         if self.layers == "textbook":
-            return textbook(decoder, set(quantised_layers(cfg.model, build_spec(cfg.quant))))
+            return textbook(decoder, set(quantised_layers(cfg.decoder, build_spec(cfg.quant))))
         load_peer(self.layers)
         return PEERS[self.layers](decoder)
 

@@ -12,17 +12,17 @@ def predict_step(contender: Contender, rates: DeviceRates) -> dict[str, float] |
     cfg, compute = contender.cfg, "bf16" if contender.precision == "bf16-mixed" else "fp32"
     spec = build_spec(cfg.quant)
     linears = {}
-    for block in range(cfg.model.layers):
-        for name in block_linears(cfg.model):
+    for block in range(cfg.decoder.layers):
+        for name in block_linears(cfg.decoder):
             full = f"layers.{block}.{name}"
             work = linear_work(contender, spec.for_layer(full), spec, compute)
             if work is None:
                 return None
             linears[full] = work
-    plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    tokens = plan.batch_sequences * cfg.data.sequence_length
-    step = StepWork(tokens, plan.accumulation, cfg.data.sequence_length, compute, linears)
-    return step_prediction(cfg.model, step, rates)
+    plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
+    tokens = plan.batch_sequences * cfg.text.sequence_length
+    step = StepWork(tokens, plan.accumulation, cfg.text.sequence_length, compute, linears)
+    return step_prediction(cfg.decoder, step, rates)
 
 
 def linear_work(contender: Contender, layer: LayerQuant, spec: QuantSpec, compute: str) -> LinearWork | None:

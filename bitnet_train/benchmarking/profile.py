@@ -66,7 +66,7 @@ class Classifier:
     """(operator's name, sizes of its inputs, names of its callers) -> kind of operation, None for no real work."""
 
     def __init__(self, contender: Contender) -> None:
-        self.vocab = contender.cfg.model.vocab
+        self.vocab = contender.cfg.decoder.vocab
         self.compute = "bf16" if contender.precision == "bf16-mixed" else "fp32"
         spec = build_spec(contender.cfg.quant)
         self.dx, self.dw = spec.gradient.resolve(self.compute)

@@ -127,9 +127,9 @@ def run_layers(cfg: RunConfig, bench: BenchmarkConfig, choices: Choices, results
     rates = measure_rates(device, backend)
     results.rates = asdict(rates)
     given = bench.shapes
-    shapes = model_shapes(cfg.model, build_spec(cfg.quant)) if given is None else [Shape(k, (n,)) for k, n in given]
-    plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    default = GPU_TOKENS if device.type == "cuda" else [plan.micro_batch * cfg.data.sequence_length]
+    shapes = model_shapes(cfg.decoder, build_spec(cfg.quant)) if given is None else [Shape(k, (n,)) for k, n in given]
+    plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
+    default = GPU_TOKENS if device.type == "cuda" else [plan.micro_batch * cfg.text.sequence_length]
     for shape in shapes:
         for tokens in bench.tokens or default:
             result = ShapeResult(shape, tokens)

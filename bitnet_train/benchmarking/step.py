@@ -46,7 +46,7 @@ class TrainingStep:
         cfg = contender.cfg
         self.contender = contender
         self.device = torch.device(contender.device)
-        self.plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
+        self.plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
         self.decoder = contender.decoder().to(self.device)
         self.optimizer = build_optimizer(cfg.optimizer, self.decoder)
         self.clip = build_clip(cfg.clip).to(self.device)
@@ -56,15 +56,15 @@ class TrainingStep:
     @property
     def tokens(self) -> int:
         """Tokens of one step."""
-        return self.plan.batch_sequences * self.contender.cfg.data.sequence_length
+        return self.plan.batch_sequences * self.contender.cfg.text.sequence_length
 
     def batches(self, step: int) -> list[Tensor]:
         """The micro-batches of a step, each (micro-batch, sequence length + 1); the same for every contender."""
         cfg = self.contender.cfg
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-        shape = (self.plan.micro_batch, cfg.data.sequence_length + 1)
+        shape = (self.plan.micro_batch, cfg.text.sequence_length + 1)
         count = self.plan.accumulation
-        return [torch.randint(cfg.model.vocab, shape, generator=generator).to(self.device) for _ in range(count)]
+        return [torch.randint(cfg.decoder.vocab, shape, generator=generator).to(self.device) for _ in range(count)]
 
     def run(self, step: int, batches: list[Tensor]) -> Tensor:
         """One optimizer step; the mean loss of its micro-batches, left on the device."""
@@ -94,7 +94,7 @@ class TrainingStep:
 
     def _batch_loss(self) -> Callable[[Tensor], Tensor]:
         cfg, decoder, loss = self.contender.cfg, self.decoder, build_loss(self.contender.cfg.loss)
-        bos = 0 if cfg.data.attend_within_documents else None
+        bos = 0 if cfg.text.attend_within_documents else None
 
         def batch_loss(ids: Tensor) -> Tensor:
             return next_token_loss(decoder, loss, ids, bos)

@@ -43,7 +43,7 @@ def run(cfg: Config) -> int:
 def training_tokens(cfg: Config) -> tuple[int | None, str]:
     """Training tokens of shards that are prepared already, or None and the reason; nothing is prepared here."""
     try:
-        manifest = prepared(cfg.data, Path(cfg.paths.data))
+        manifest = prepared(cfg.text, Path(cfg.paths.data))
     except ConfigError as error:
         unset = "data.corpus.path is not set" in str(error)
         return None, "data.corpus.path is not set" if unset else "the text is missing or has changed"
@@ -92,7 +92,7 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     table.add_row("training, whole run", f"{figures.training_flops:.3g}")
     table.add_row("steps", f"{figures.steps:,}")
     table.add_row("tokens per step", f"{cfg.trainer.batch_tokens:,}")
-    cut = f"{plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length:,}"
+    cut = f"{plan.accumulation} x {plan.micro_batch} sequences of {cfg.text.sequence_length:,}"
     table.add_row("  as micro-batches", cut)
     if figures.batch_assumption is not None:
         table.add_row("  trainer.micro_batch", figures.batch_assumption)

@@ -93,7 +93,7 @@ def _measure_text(cfg: Config, model: LoadedModel, console: Console) -> dict[str
     context = model.decoder.cfg.context
     # An export that was copied elsewhere says nothing of how it was trained.
     known = model.run is not None or (Path(str(cfg.run)).parent.parent / "config.yaml").is_file()
-    window = cfg.evaluate.window or (min(cfg.data.sequence_length, context) if known else context)
+    window = cfg.evaluate.window or (min(cfg.text.sequence_length, context) if known else context)
     if window > context:
         raise ConfigError(f"evaluate.window={window} is longer than the model's context of {context}.")
     texts, name, within_documents = _texts(cfg, model)
@@ -140,5 +140,5 @@ def _texts(cfg: Config, model: LoadedModel) -> tuple[list[str], str, bool]:
             raise ConfigError(f"{cfg.run} lies in no run's folder and has no validation text: give evaluate.text=FILE.")
         cfg.run = str(parent)
         run = open_run(cfg)
-    ids = run.validation_ids(cfg, cfg.data.validation_tokens)
-    return documents(ids, run.tokenizer), "the validation text", cfg.data.attend_within_documents
+    ids = run.validation_ids(cfg, cfg.text.validation_tokens)
+    return documents(ids, run.tokenizer), "the validation text", cfg.text.attend_within_documents

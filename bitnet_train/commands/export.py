@@ -30,10 +30,10 @@ def run(cfg: Config) -> int:
     console = make_console()
     opened = open_run(cfg)
     spec = opened.canonical.spec
-    names, left_out = fitting_formats(cfg.export, cfg.model, spec)
+    names, left_out = fitting_formats(cfg.export, cfg.decoder, spec)
     # What only the tokenizer can say is said before anything is written, too.
     gguf = [name for name in names if name in GGUF_FORMATS]
-    obstacle = tokenizer_obstacle(opened.tokenizer, cfg.model.vocab) if gguf else None
+    obstacle = tokenizer_obstacle(opened.tokenizer, cfg.decoder.vocab) if gguf else None
     if obstacle and cfg.export.formats is not None:
         raise ConfigError(f"export.formats: {gguf[0]} cannot hold this model: {obstacle}.")
     if obstacle:
@@ -68,7 +68,7 @@ def _print_sizes(cfg: Config, opened: OpenedRun, folders: list[Path], console: C
     ):
         table.add_column(heading, justify="left" if heading == "format" else "right")
     for folder in folders:
-        size = FORMATS[folder.name].size(cfg.model, opened.canonical.spec, cfg.export)
+        size = FORMATS[folder.name].size(cfg.decoder, opened.canonical.spec, cfg.export)
         files = sum(path.stat().st_size for path in folder.iterdir())
         numbers = (files, size.total_bytes, size.total_bytes - size.embedding_bytes)
         table.add_row(folder.name, *(f"{n / MEGABYTE:,.2f} MB" for n in numbers), *_bits(size))
@@ -88,7 +88,7 @@ def _run_name(cfg: Config, opened: OpenedRun) -> str:
 
 
 def _write_card(cfg: Config, opened: OpenedRun, folder: Path, report: VerificationReport, console: Console) -> None:
-    size = FORMATS[folder.name].size(cfg.model, opened.canonical.spec, cfg.export)
+    size = FORMATS[folder.name].size(cfg.decoder, opened.canonical.spec, cfg.export)
     try:
         write_card(CardFacts(cfg, _run_name(cfg, opened), opened.folder, cfg.export, size, report), folder)
     except OSError as error:

@@ -16,7 +16,7 @@ MEGABYTE = 1_000_000
 
 
 def run(cfg: Config) -> int:
-    """Make the shards of ``cfg.data``, or verify those that exist (``data.rebuild=true`` makes them again)."""
+    """Make the shards of ``cfg.text``, or verify those that exist (``data.rebuild=true`` makes them again)."""
     console = make_console()
     folder, manifest = ensure_prepared(cfg, console)
     for split, entry in manifest.splits.items():
@@ -24,20 +24,20 @@ def run(cfg: Config) -> int:
             f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens "
             f"({entry['bytes'] / entry['tokens']:.2f} bytes per token) in {len(entry['shards'])} shard(s)"
         )
-    checked = verify_shards(folder, manifest, cfg.data.verify)
+    checked = verify_shards(folder, manifest, cfg.text.verify)
     load_tokenizer(folder)
     console.print(f"shards: {folder}; checked {checked}; fingerprint {manifest.fingerprint[:16]}")
     return 0
 
 
 def ensure_prepared(cfg: Config, console: Console) -> tuple[Path, Manifest]:
-    """The shard folder of ``cfg.data`` and its manifest, prepared now if need be."""
+    """The shard folder of ``cfg.text`` and its manifest, prepared now if need be."""
     root = Path(cfg.paths.data)
-    if not cfg.data.rebuild:
-        manifest = prepared(cfg.data, root)
+    if not cfg.text.rebuild:
+        manifest = prepared(cfg.text, root)
         if manifest is not None:
-            return shard_folder(cfg.data, root), manifest
-    return shard_folder(cfg.data, root), _prepare(cfg.data, root, console)
+            return shard_folder(cfg.text, root), manifest
+    return shard_folder(cfg.text, root), _prepare(cfg.text, root, console)
 
 
 def _prepare(cfg: DataConfig, root: Path, console: Console) -> Manifest:

@@ -32,14 +32,14 @@ class OpenedRun:
     def held_out(self, cfg: Config) -> HeldOut:
         """The tokens that verification compares on: the first ``export.verify_tokens`` of the validation shards."""
         ids = self.validation_ids(cfg, cfg.export.verify_tokens)
-        return HeldOut(ids, cfg.data.sequence_length, cfg.generate.prompt)
+        return HeldOut(ids, cfg.text.sequence_length, cfg.generate.prompt)
 
     def validation_ids(self, cfg: Config, limit: int | None) -> Tensor:
         """The first ``limit`` + 1 ids of the validation shards, int64 (n,), so that ``limit`` are predicted; None: all.
 
         Raises ConfigError when the run's token shards are gone or changed.
         """
-        shards = shard_folder(cfg.data, Path(cfg.paths.data))
+        shards = shard_folder(cfg.text, Path(cfg.paths.data))
         if not (shards / MANIFEST).is_file():
             raise ConfigError(
                 f"The token shards of {self.folder.path}, {shards}, do not exist: work from the folder that it was "
@@ -50,7 +50,7 @@ class OpenedRun:
             raise ConfigError(
                 f"{shards} does not hold the token shards that {self.folder.path} was trained on (fingerprints differ)."
             )
-        verify_shards(shards, manifest, cfg.data.verify)
+        verify_shards(shards, manifest, cfg.text.verify)
         tokens = TokenArray(shards, manifest, "val")
         return torch.from_numpy(tokens.slice(0, len(tokens) if limit is None else min(limit + 1, len(tokens))))
 
@@ -68,7 +68,7 @@ class OpenedRun:
                 f"{export} was made from step {step}, whose checkpoint {self.folder.path} no longer keeps "
                 f"(its last one is step {self.canonical.step}): export again."
             )
-        return open_checkpoint(path, cfg.model, build_spec(cfg.quant))
+        return open_checkpoint(path, cfg.decoder, build_spec(cfg.quant))
 
 
 def open_run(cfg: Config) -> OpenedRun:
@@ -81,7 +81,7 @@ def open_run(cfg: Config) -> OpenedRun:
         raise ConfigError(f"run={cfg.run} is no run folder (it has no config.yaml){hint}.")
     if folder.last_checkpoint is None:
         raise ConfigError(f"The run {cfg.run} has saved no checkpoint yet: train it first.")
-    canonical = open_checkpoint(folder.last_checkpoint, cfg.model, build_spec(cfg.quant))
+    canonical = open_checkpoint(folder.last_checkpoint, cfg.decoder, build_spec(cfg.quant))
     return OpenedRun(folder, canonical, load_tokenizer(folder.tokenizer))
 
 

@@ -56,8 +56,8 @@ def run(cfg: Config) -> int:
             console.print(f"{folder.path / REPORT_FILE} is not written: {error.strerror}", markup=False)
     if outcome.validation is not None:
         beside = ""
-        if cfg.data.validation_tokens is None:
-            others = compressed_bits_per_byte(split_text(cfg.data, "val").encode())
+        if cfg.text.validation_tokens is None:
+            others = compressed_bits_per_byte(split_text(cfg.text, "val").encode())
             beside = f" ({', '.join(f'{name}: {bits:.2f}' for name, bits in others.items())} on the same text)"
         result = outcome.validation
         figure = f"[bold]{result.bits_per_byte:.4f} bits per byte[/bold]"
@@ -72,7 +72,7 @@ def _initial_weights(cfg: Config) -> Any:
         return None
     from bitnet_train.export.initial import read_initial
 
-    return read_initial(source, cfg.model, build_spec(cfg.quant))
+    return read_initial(source, cfg.decoder, build_spec(cfg.quant))
 
 
 def _check_same_fork(saved: dict[str, Any], cfg: Config, folder: RunFolder) -> None:

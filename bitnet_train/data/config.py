@@ -1,4 +1,7 @@
-"""Where text comes from and how it becomes batches: the ``data`` part of the configuration."""
+"""Where text comes from and how it becomes batches: the ``data`` part of the configuration.
+
+Images, the other kind of ``data``, are in :mod:`bitnet_train.data.images.config`.
+"""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -90,7 +93,17 @@ class Verify(Enum):
 
 
 @dataclass
-class DataConfig:
+class DatasetConfig:
+    """Base of what models are trained on; a file of the ``data`` group is of one of its subclasses, by its ``name``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class DataConfig(DatasetConfig):
+    """Text; the kind of a file that gives no name."""
+
+    name: str = "text"
     corpus: CorpusConfig = field(default_factory=StdlibCorpus)
     tokenizer: TokenizerConfig = field(default_factory=BpeTokenizer)
     # Tokens per training sequence.

@@ -1,6 +1,6 @@
 """The weights that a run starts from: those of another run, of an export, or of a checkpoint of ``transformers``."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from bitnet_train.export.gguf.reader import gguf_path, read_gguf
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
 from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import DecoderConfig, shape_fields
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.quant.weights import Codes, masters_from_codes
@@ -81,7 +81,7 @@ def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer
 def _from_run(folder: Path, step: str, cfg: DecoderConfig, spec: QuantSpec, source: str) -> InitialWeights:
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
-        found = {field.name: saved[field.name] for field in fields(DecoderConfig)}
+        found = {field.name: saved[field.name] for field in shape_fields()}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise ConfigError(f"init.from={source}: {folder / 'config.yaml'} is not the configuration of a run.") from None
     _check_fields(source, found, cfg)
@@ -137,13 +137,13 @@ def _regrouped(codes: Codes, groups: int) -> Codes:
 
 
 def _check_shape(source: str, found: DecoderConfig, cfg: DecoderConfig) -> None:
-    _check_fields(source, {f.name: _plain(getattr(found, f.name)) for f in fields(found)}, cfg)
+    _check_fields(source, {f.name: _plain(getattr(found, f.name)) for f in shape_fields()}, cfg)
 
 
 def _check_fields(source: str, found: dict[str, Any], cfg: DecoderConfig) -> None:
     wrong = [
         f"model.{field.name}={_yaml(found[field.name])}"
-        for field in fields(DecoderConfig)
+        for field in shape_fields()
         if field.name not in FREE_FIELDS and found[field.name] != _plain(getattr(cfg, field.name))
     ]
     if wrong:

@@ -1,7 +1,11 @@
-"""The shape of the decoder and how its weights start: the ``model`` and ``init`` parts of the configuration."""
+"""The shape of the decoder and how its weights start: the ``model`` and ``init`` parts of the configuration.
 
-from dataclasses import dataclass, field
+The image classifiers, the other kinds of ``model``, are in :mod:`bitnet_train.nn.vision.config`.
+"""
+
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from omegaconf import II, MISSING
 
@@ -31,7 +35,17 @@ class ResidualDtype(Enum):
 
 
 @dataclass
-class DecoderConfig:
+class ModelConfig:
+    """Base of the models; a file of the ``model`` group is of one of its subclasses, by its ``name``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class DecoderConfig(ModelConfig):
+    """The language model; the kind of a file that gives no name."""
+
+    name: str = "decoder"
     # Width of the residual stream.
     hidden: int = 256
     # Number of blocks.
@@ -63,6 +77,11 @@ class DecoderConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden // self.heads
+
+
+def shape_fields() -> list[Field[Any]]:
+    """The fields that describe a decoder: all but its name, which files of decoders do not hold."""
+    return [f for f in fields(DecoderConfig) if f.name != "name"]
 
 
 def check_decoder(cfg: DecoderConfig) -> None:

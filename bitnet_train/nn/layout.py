@@ -1,14 +1,16 @@
-"""Names and shapes of every parameter of a decoder, as plain arithmetic.
+"""Names and shapes of every parameter of a model, as plain arithmetic.
 
 What a recipe costs, which layers an override meets and which formats a model fits can be answered from here without
 torch and without allocating a weight. A test holds it equal to the real module.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.nn.config import DecoderConfig, Norms
+from bitnet_train.nn.config import DecoderConfig, ModelConfig, Norms
+from bitnet_train.nn.vision.config import MlpConfig, VitConfig
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
 
@@ -65,8 +67,7 @@ def block_norms(cfg: DecoderConfig) -> dict[str, int]:
     return norms
 
 
-def parameter_table(cfg: DecoderConfig) -> list[ParameterInfo]:
-    """Every parameter of the decoder in a fixed order; the tied head is not listed twice."""
+def _decoder_table(cfg: DecoderConfig) -> list[ParameterInfo]:
     table = [ParameterInfo("embed_tokens.weight", (cfg.vocab, cfg.hidden), Role.embedding)]
     for layer in range(cfg.layers):
         for name, shape in block_linears(cfg).items():
@@ -79,22 +80,85 @@ def parameter_table(cfg: DecoderConfig) -> list[ParameterInfo]:
     return table
 
 
-def quantised_layers(cfg: DecoderConfig, spec: QuantSpec) -> dict[str, LayerQuant]:
+def mlp_linears(cfg: MlpConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of an MLP, first and last included: name -> (out, in)."""
+    inner = {f"layers.{i}.proj": (cfg.hidden, cfg.hidden) for i in range(cfg.layers - 2)}
+    return {"input_proj": (cfg.hidden, cfg.pixels), **inner, "head": (cfg.classes, cfg.hidden)}
+
+
+def _mlp_table(cfg: MlpConfig) -> list[ParameterInfo]:
+    table = []
+    for name, shape in mlp_linears(cfg).items():
+        table.append(ParameterInfo(f"{name}.weight", shape, _end_role(name, cfg.quantise_ends)))
+        if cfg.norm and name != "input_proj":
+            # The norm before the layer, beside it; the head's is called as a decoder's last one.
+            norm = "norm" if name == "head" else name.replace("proj", "norm")
+            table.append(ParameterInfo(f"{norm}.weight", (cfg.hidden,), Role.norm))
+    return table
+
+
+def vit_block_linears(cfg: VitConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of one block of a vision transformer: name inside the block -> (out, in)."""
+    square = {f"self_attn.{name}_proj": (cfg.hidden, cfg.hidden) for name in "qkvo"}
+    return {**square, "mlp.up_proj": (cfg.ffn, cfg.hidden), "mlp.down_proj": (cfg.hidden, cfg.ffn)}
+
+
+def _vit_table(cfg: VitConfig) -> list[ParameterInfo]:
+    norms = {"input_layernorm": cfg.hidden, "post_attention_layernorm": cfg.hidden}
+    if cfg.norms is Norms.pre_sub:
+        norms |= {"self_attn.attn_sub_norm": cfg.hidden, "mlp.ffn_sub_norm": cfg.ffn}
+    role = _end_role("patch_embed", cfg.quantise_ends)
+    table = [
+        ParameterInfo("patch_embed.weight", (cfg.hidden, cfg.patch_pixels), role),
+        ParameterInfo("positions.weight", (cfg.tokens, cfg.hidden), Role.embedding),
+    ]
+    for layer in range(cfg.layers):
+        for name, shape in vit_block_linears(cfg).items():
+            table.append(ParameterInfo(f"layers.{layer}.{name}.weight", shape, Role.linear))
+        table += [ParameterInfo(f"layers.{layer}.{name}.weight", (width,), Role.norm) for name, width in norms.items()]
+    table.append(ParameterInfo("norm.weight", (cfg.hidden,), Role.norm))
+    table.append(ParameterInfo("head.weight", (cfg.classes, cfg.hidden), _end_role("head", cfg.quantise_ends)))
+    return table
+
+
+def _end_role(name: str, quantised: bool) -> Role:
+    """The role of a classifier's layer: the first and the last are embedding and head unless they are quantised."""
+    ends = {"input_proj": Role.embedding, "patch_embed": Role.embedding, "head": Role.head}
+    return Role.linear if quantised else ends.get(name, Role.linear)
+
+
+TABLES: dict[type[ModelConfig], Callable[..., list[ParameterInfo]]] = {
+    DecoderConfig: _decoder_table,
+    MlpConfig: _mlp_table,
+    VitConfig: _vit_table,
+}
+
+
+def parameter_table(cfg: ModelConfig) -> list[ParameterInfo]:
+    """Every parameter of the model in a fixed order; a tied head is not listed twice."""
+    return TABLES[type(cfg)](cfg)
+
+
+def quantised_layers(cfg: ModelConfig, spec: QuantSpec) -> dict[str, LayerQuant]:
     """Module name -> quantisation of every linear layer of the blocks that the spec quantises."""
     names = [p.layer_name for p in parameter_table(cfg) if p.role is Role.linear]
     return {name: layer for name in names if (layer := spec.for_layer(name)).quantised}
 
 
-def check_spec(cfg: DecoderConfig, spec: QuantSpec) -> None:
+def check_spec(cfg: ModelConfig, spec: QuantSpec) -> None:
     """Raises ConfigError when an override matches no layer or groups do not divide a layer's rows."""
     linears = {p.layer_name: p.shape for p in parameter_table(cfg) if p.role is Role.linear}
     for pattern in spec.unmatched(linears):
         raise ConfigError(
             f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like "
-            "'layers.0.self_attn.o_proj'."
+            f"'{_example(list(linears))}'."
         )
     for name, layer in quantised_layers(cfg, spec).items():
         try:
             layer.group_count(linears[name][0])
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+
+
+def _example(names: list[str]) -> str:
+    return "layers.0.self_attn.o_proj" if "layers.0.self_attn.o_proj" in names else names[0]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet_train.training.config import RunConfig
+from bitnet_train.training.config import RunConfig, step_size
 from bitnet_train.training.schedules.config import ScheduleConfig, TwoStageSchedule, WsdSchedule
 from bitnet_train.training.schedules.factors import as_steps, learning_rate, weight_decay
 
@@ -87,7 +87,8 @@ def draw(cfg: RunConfig, title: str, file: Path) -> None:
     ):
         _mark(lower, step, event)
     lower.set_xlim(0, total)
-    lower.set_xlabel(f"optimizer step (of {cfg.trainer.batch_tokens:,} tokens)")
+    size = step_size(cfg)
+    lower.set_xlabel(f"optimizer step (of {size.count:,} {size.unit})")
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)

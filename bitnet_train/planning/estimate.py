@@ -13,7 +13,15 @@ from bitnet_train.planning.memory import TrainingMemory, training_memory
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.planning.sizes import ExportSize, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.config import Accelerator, BatchPlan, RunConfig, TrainerConfig, batch_plan, step_sequences
+from bitnet_train.training.config import (
+    Accelerator,
+    BatchPlan,
+    RunConfig,
+    TrainerConfig,
+    batch_plan,
+    step_sequences,
+    step_size,
+)
 
 # Where a GPU's driver announces itself.
 GPU_DRIVER = Path("/proc/driver/nvidia")
@@ -66,19 +74,19 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
     """Everything that can be known about a run before it starts."""
     spec = build_spec(cfg.quant)
     trainer, assumption = assumed_micro_batch(cfg)
-    plan = batch_plan(trainer, cfg.data.sequence_length)
+    plan = batch_plan(trainer, cfg.text.sequence_length)
     return Estimate(
-        parameters=count_parameters(cfg.model, spec),
-        forward_flops=forward_flops(cfg.model, cfg.data.sequence_length),
-        training_flops_per_token=training_flops_per_token(cfg.model, cfg.data.sequence_length),
+        parameters=count_parameters(cfg.decoder, spec),
+        forward_flops=forward_flops(cfg.decoder, cfg.text.sequence_length),
+        training_flops_per_token=training_flops_per_token(cfg.decoder, cfg.text.sequence_length),
         batch=plan,
         batch_assumption=assumption,
         steps=cfg.trainer.max_steps,
-        tokens=cfg.trainer.max_steps * cfg.trainer.batch_tokens,
-        memory=training_memory(cfg.model, spec, plan.micro_batch, cfg.data.sequence_length, cfg.trainer.precision),
+        tokens=cfg.trainer.max_steps * step_size(cfg).count,
+        memory=training_memory(cfg.decoder, spec, plan.micro_batch, cfg.text.sequence_length, cfg.trainer.precision),
         precision=cfg.trainer.precision,
-        checkpoint_bytes=checkpoint_bytes(cfg.model),
-        exports=export_sizes(cfg.model, spec, export_dtype),
+        checkpoint_bytes=checkpoint_bytes(cfg.decoder),
+        exports=export_sizes(cfg.decoder, spec, export_dtype),
         export_dtype=export_dtype.value,
         curve=characteristic_points(cfg),
     )
@@ -92,7 +100,7 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
     trainer = cfg.trainer
     if trainer.micro_batch != "auto":
         return trainer, None
-    sequences = step_sequences(trainer, cfg.data.sequence_length)
+    sequences = step_sequences(trainer, cfg.text.sequence_length)
     on_cpu = trainer.accelerator is Accelerator.cpu or (
         trainer.accelerator is Accelerator.auto and not GPU_DRIVER.exists()
     )
@@ -100,9 +108,9 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
     if available is None:
         where = "this system does not tell its memory" if on_cpu else "the GPU decides when training starts"
         return replace(trainer, micro_batch=sequences), f"auto, taken for the whole step: {where}"
-    spec, length = build_spec(cfg.quant), cfg.data.sequence_length
+    spec, length = build_spec(cfg.quant), cfg.text.sequence_length
     needs = {
-        size: training_memory(cfg.model, spec, size, length, trainer.precision).total for size in divisors(sequences)
+        size: training_memory(cfg.decoder, spec, size, length, trainer.precision).total for size in divisors(sequences)
     }
     size = max((size for size, need in needs.items() if need <= SHARE["cpu"] * available), default=None)
     free = f"{available / 1e9:.1f} GB free here"

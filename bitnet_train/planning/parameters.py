@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import ModelConfig
 from bitnet_train.nn.layout import Role, parameter_table
 from bitnet_train.quant.spec import QuantSpec
 
@@ -32,8 +32,8 @@ class ParameterCounts:
         return self.quantised / self.total
 
 
-def count_parameters(cfg: DecoderConfig, spec: QuantSpec) -> ParameterCounts:
-    """Count the parameters of the decoder that ``cfg`` and ``spec`` describe."""
+def count_parameters(cfg: ModelConfig, spec: QuantSpec) -> ParameterCounts:
+    """Count the parameters of the model that ``cfg`` and ``spec`` describe."""
     roles = dict.fromkeys(Role, 0)
     linear: dict[str, int] = {}
     for parameter in parameter_table(cfg):

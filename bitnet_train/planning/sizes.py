@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bitnet_train.export.config import ExportDtype
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import ModelConfig
 from bitnet_train.nn.layout import Role, parameter_table, quantised_layers
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
 
@@ -17,7 +17,7 @@ TERNARY_PER_BYTE = 5
 BINARY_PER_BYTE = 8
 
 
-def checkpoint_bytes(cfg: DecoderConfig) -> int:
+def checkpoint_bytes(cfg: ModelConfig) -> int:
     """Size of a training checkpoint: float32 weights and two moments, and the file's entries."""
     table = parameter_table(cfg)
     return 3 * FLOAT32 * sum(p.size for p in table) + ENTRY_BYTES * (1 + STATES) * len(table)
@@ -32,7 +32,7 @@ class ExportSize:
     total: int
 
 
-def export_sizes(cfg: DecoderConfig, spec: QuantSpec, dtype: ExportDtype) -> list[ExportSize]:
+def export_sizes(cfg: ModelConfig, spec: QuantSpec, dtype: ExportDtype) -> list[ExportSize]:
     """Sizes with the codes at 2 bits and in their densest packing, and with every weight a float of type ``dtype``.
 
     Tensors that are not codes have type ``dtype``; every scale is float32. Embeddings are the embedding and an untied
@@ -52,7 +52,7 @@ def export_sizes(cfg: DecoderConfig, spec: QuantSpec, dtype: ExportDtype) -> lis
     return [_size(name, per_byte, cfg, spec, size) for name, per_byte in packings.items()]
 
 
-def _size(packing: str, per_byte: dict[str, int], cfg: DecoderConfig, spec: QuantSpec, size: int) -> ExportSize:
+def _size(packing: str, per_byte: dict[str, int], cfg: ModelConfig, spec: QuantSpec, size: int) -> ExportSize:
     layers = quantised_layers(cfg, spec) if per_byte else {}
     body = embeddings = 0
     for parameter in parameter_table(cfg):

@@ -96,7 +96,7 @@ def write_card(facts: CardFacts, folder: Path) -> None:
 def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
     """The text of the card."""
     cfg, report = facts.cfg, facts.report
-    rows = audit_rows(cfg.model, build_spec(cfg.quant))
+    rows = audit_rows(cfg.decoder, build_spec(cfg.quant))
     total = sum(row.parameters for row in rows)
     quantised = sum(row.share for row in rows if row.kept != "float")
     file = next((path.name for path in sorted(folder.glob("*.gguf"))), "")
@@ -143,7 +143,7 @@ def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
 
 
 def _kept(facts: CardFacts) -> str:
-    schemes = sorted({row.kept.split(",")[0] for row in audit_rows(facts.cfg.model, build_spec(facts.cfg.quant))})
+    schemes = sorted({row.kept.split(",")[0] for row in audit_rows(facts.cfg.decoder, build_spec(facts.cfg.quant))})
     return " or ".join(scheme for scheme in schemes if scheme != "float") or "quantised"
 
 
@@ -152,21 +152,21 @@ def _shown(report: VerificationReport) -> list[Check]:
 
 
 def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
-    cfg = facts.cfg
+    cfg, model = facts.cfg, facts.cfg.decoder
     sessions = (read_json_object(facts.run.provenance_file, "sessions") or {"sessions": []})["sessions"]
     last = sessions[-1] if sessions else {}
     git, versions = last.get("git") or {}, last.get("versions", {})
     hardware = last.get("hardware", {})
-    corpus = getattr(cfg.data.corpus, "name", "-")
+    corpus = getattr(cfg.text.corpus, "name", "-")
     return [
-        ("data", f"{corpus}, sequences of {cfg.data.sequence_length} tokens"),
+        ("data", f"{corpus}, sequences of {cfg.text.sequence_length} tokens"),
         ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {cfg.trainer.batch_tokens:,} tokens each"),
         ("optimizer", f"{cfg.optimizer.name}, peak learning rate {cfg.optimizer.lr:g}, schedule {cfg.schedule.name}"),
         ("bits per byte of held-out text", number(metrics.last("val/bits_per_byte"))),
         ("held-out loss", number(metrics.last("val/loss"))),
-        ("model", f"{cfg.model.layers} layers, hidden {cfg.model.hidden}, {cfg.model.heads} heads "
-                  f"({cfg.model.kv_heads} for keys and values), FFN {cfg.model.ffn}, context {cfg.model.context}, "
-                  f"{cfg.model.activation.value}, vocabulary {cfg.model.vocab}"),
+        ("model", f"{model.layers} layers, hidden {model.hidden}, {model.heads} heads "
+                  f"({model.kv_heads} for keys and values), FFN {model.ffn}, context {model.context}, "
+                  f"{model.activation.value}, vocabulary {model.vocab}"),
         ("hardware", ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu", "-"))),
         ("software", f"bitnet_train {versions.get('bitnet_train', '-')} ({git.get('commit', 'a release')[:12]}), "
                      f"torch {versions.get('torch', '-')}"),

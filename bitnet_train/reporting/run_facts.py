@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import ModelConfig
 from bitnet_train.nn.layout import Role, parameter_table
 from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.reporting.charts import Chart, Line, smoothed
@@ -26,7 +26,7 @@ class AuditRow:
     kept: str
 
 
-def audit_rows(cfg: DecoderConfig, spec: QuantSpec) -> list[AuditRow]:
+def audit_rows(cfg: ModelConfig, spec: QuantSpec) -> list[AuditRow]:
     """What is quantised and what is not, by kind of parameter."""
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()

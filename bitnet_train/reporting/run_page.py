@@ -14,7 +14,7 @@ from bitnet_train.reporting.run_facts import (
     read_json_object,
     run_charts,
 )
-from bitnet_train.training.config import RunConfig
+from bitnet_train.training.config import RunConfig, step_size
 from bitnet_train.training.run_folder import RunFolder
 
 REPORT_FILE = "report.html"
@@ -24,12 +24,13 @@ def run_page(cfg: RunConfig, folder: RunFolder, name: str) -> str:
     """The page of the run in ``folder`` as HTML. Raises ConfigError when it has no metrics."""
     metrics = read_metrics(folder.metrics_file)
     rows = audit_rows(cfg.model, build_spec(cfg.quant))
+    size = step_size(cfg)
     step, samples = last_samples(folder.samples_file)
     quantised = sum(row.share for row in rows if row.kept != "float")
     total = sum(row.parameters for row in rows)
     subtitle = (
         f"{total:,} parameters, {quantised:.1%} of them quantised; {cfg.trainer.max_steps:,} steps of "
-        f"{cfg.trainer.batch_tokens:,} tokens."
+        f"{size.count:,} {size.unit}."
     )
     return render(
         name,

@@ -3,7 +3,7 @@
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
 from bitnet_train.training.clipping.config import check_clip
-from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
+from bitnet_train.training.config import PRECISIONS, RunConfig, step_plan, step_sequences
 from bitnet_train.training.optimizers.config import check_optimizer
 from bitnet_train.training.schedules.factors import check_schedule
 
@@ -29,8 +29,9 @@ def check_trainer(cfg: RunConfig) -> None:
             "weights as a run)."
         )
     for name in ("batch_tokens", "validate_every", "log_every"):
-        if getattr(trainer, name) < 1:
-            raise ConfigError(f"trainer.{name} is {getattr(trainer, name)}; it must be at least 1.")
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"trainer.{name} is {value}; it must be at least 1.")
     if trainer.precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision={trainer.precision} is unknown: use one of {', '.join(PRECISIONS)}.")
     if trainer.compile not in (True, False, "auto"):
@@ -47,10 +48,10 @@ def check_trainer(cfg: RunConfig) -> None:
     if cfg.samples.max_new_tokens < 1 or cfg.samples.temperature < 0:
         raise ConfigError("samples.max_new_tokens must be at least 1 and samples.temperature at least 0.")
     if trainer.micro_batch == "auto":
-        step_sequences(trainer, cfg.data.sequence_length)
+        step_sequences(trainer, cfg.text.sequence_length)
     elif isinstance(trainer.micro_batch, str):
         raise ConfigError(
             f"trainer.micro_batch={trainer.micro_batch} is unknown: use a number of sequences, null or auto."
         )
     else:
-        batch_plan(trainer, cfg.data.sequence_length)
+        step_plan(cfg)

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Union
 
-from bitnet_train.data.config import DataConfig
+from bitnet_train.data.config import DataConfig, DatasetConfig
+from bitnet_train.data.images.config import ImageDataConfig
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.kernels.config import KernelConfig
-from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
+from bitnet_train.nn.config import DecoderConfig, InitConfig, ModelConfig, NormalInit
+from bitnet_train.nn.vision.config import ClassifierConfig
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.training.clipping.config import ClipConfig, NormClip
 from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
@@ -34,10 +36,11 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed")
 class TrainerConfig:
     # Optimizer steps of the whole run.
     max_steps: int = 500
-    # Tokens per optimizer step, over all micro-batches.
-    batch_tokens: int = 4096
-    # Sequences per forward and backward: a number; null for the whole step at once; or auto, the largest number that
-    # divides the step and fits into memory, measured before training starts. Smaller means gradient accumulation.
+    # Tokens per optimizer step, over all micro-batches; null in a recipe that trains on images (data.batch_size).
+    batch_tokens: int | None = 4096
+    # Sequences (or images) per forward and backward: a number; null for the whole step at once; or auto, the largest
+    # number that divides the step and fits into memory, measured before training starts (text only). Smaller means
+    # gradient accumulation.
     micro_batch: Union[int, str, None] = None  # noqa: UP007
     # 32-true, bf16-mixed, or auto: bf16-mixed where the device multiplies bf16 natively.
     precision: str = "auto"
@@ -79,16 +82,16 @@ class RunConfig:
 
     # Chooses initial weights and the order of the samples.
     seed: int = 1
-    # The decoder's shape.
-    model: DecoderConfig = field(default_factory=DecoderConfig)
+    # The model's shape: a decoder, or an image classifier.
+    model: ModelConfig = field(default_factory=DecoderConfig)
     # What is quantised and how.
     quant: QuantConfig = field(default_factory=QuantConfig)
     # Which implementation computes the quantised layers.
     kernels: KernelConfig = field(default_factory=KernelConfig)
     # How the weights start.
     init: InitConfig = field(default_factory=NormalInit)
-    # Text, tokenizer and batches.
-    data: DataConfig = field(default_factory=DataConfig)
+    # Text, tokenizer and batches; or images.
+    data: DatasetConfig = field(default_factory=DataConfig)
     # The update rule and its peak rates.
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     # The learning rate over the run, as factors of optimizer.lr.
@@ -110,6 +113,60 @@ class RunConfig:
     # What evaluate measures, and what is measured on the way.
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    @property
+    def on_images(self) -> bool:
+        """Whether this is the training of an image classifier and not of a language model."""
+        return isinstance(self.model, ClassifierConfig)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """``model`` where a language model is needed. Raises ConfigError when it is another."""
+        if not isinstance(self.model, DecoderConfig):
+            raise ConfigError(f"This works on language models, and model.name={self.model.name} classifies images.")
+        return self.model
+
+    @property
+    def text(self) -> DataConfig:
+        """``data`` where text is needed. Raises ConfigError when it is images."""
+        if not isinstance(self.data, DataConfig):
+            raise ConfigError(f"This works on text, and data.name={self.data.name} holds images.")
+        return self.data
+
+    @property
+    def classifier(self) -> ClassifierConfig:
+        """``model`` where an image classifier is needed. Raises ConfigError when it is another."""
+        if not isinstance(self.model, ClassifierConfig):
+            raise ConfigError(f"This works on image classifiers, and model.name={self.model.name} is a language model.")
+        return self.model
+
+    @property
+    def images(self) -> ImageDataConfig:
+        """``data`` where images are needed. Raises ConfigError when it is text."""
+        if not isinstance(self.data, ImageDataConfig):
+            raise ConfigError(f"This works on images, and data.name={self.data.name} is text.")
+        return self.data
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What an optimizer step reads: how many, and of what (``tokens`` or ``images``)."""
+
+    count: int
+    unit: str
+
+
+def step_size(cfg: RunConfig) -> StepSize:
+    """Tokens or images per optimizer step. Raises ConfigError when trainer.batch_tokens has no value for text."""
+    if isinstance(cfg.data, ImageDataConfig):
+        return StepSize(cfg.data.batch_size, "images")
+    return StepSize(_batch_tokens(cfg.trainer), "tokens")
+
+
+def _batch_tokens(trainer: TrainerConfig) -> int:
+    if trainer.batch_tokens is None:
+        raise ConfigError("trainer.batch_tokens is null: give the number of tokens of an optimizer step.")
+    return trainer.batch_tokens
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -122,11 +179,12 @@ class BatchPlan:
 
 def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
     """Sequences per optimizer step. Raises ConfigError when data.sequence_length does not divide the step's tokens."""
-    sequences, rest = divmod(trainer.batch_tokens, sequence_length)
+    batch_tokens = _batch_tokens(trainer)
+    sequences, rest = divmod(batch_tokens, sequence_length)
     if rest or sequences < 1:
         raise ConfigError(
-            f"trainer.batch_tokens={trainer.batch_tokens} is no multiple of data.sequence_length={sequence_length}: "
-            f"use {max(1, round(trainer.batch_tokens / sequence_length)) * sequence_length}."
+            f"trainer.batch_tokens={batch_tokens} is no multiple of data.sequence_length={sequence_length}: "
+            f"use {max(1, round(batch_tokens / sequence_length)) * sequence_length}."
         )
     return sequences
 
@@ -148,3 +206,23 @@ def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
             "(trainer.batch_tokens / data.sequence_length)."
         )
     return BatchPlan(sequences, micro, sequences // micro)
+
+
+def image_plan(trainer: TrainerConfig, batch_size: int) -> BatchPlan:
+    """How the images of a step are cut. Raises ConfigError when trainer.micro_batch does not divide data.batch_size."""
+    if isinstance(trainer.micro_batch, str):
+        raise ConfigError(
+            f"trainer.micro_batch={trainer.micro_batch} is for text: give a number of images, or null for the whole "
+            "step."
+        )
+    micro = batch_size if trainer.micro_batch is None else trainer.micro_batch
+    if micro < 1 or batch_size % micro:
+        raise ConfigError(f"trainer.micro_batch={micro} does not divide data.batch_size={batch_size}.")
+    return BatchPlan(batch_size, micro, batch_size // micro)
+
+
+def step_plan(cfg: RunConfig) -> BatchPlan:
+    """The cut of a step of this run, of sequences or of images. Raises ConfigError when the numbers do not divide."""
+    if isinstance(cfg.data, ImageDataConfig):
+        return image_plan(cfg.trainer, cfg.data.batch_size)
+    return batch_plan(cfg.trainer, cfg.text.sequence_length)

@@ -118,7 +118,7 @@ def find_micro_batch(
     generators stay where they were. ``build(compiled)`` makes the module around it that training will use. Raises
     ConfigError when not even one sequence fits.
     """
-    sequences = step_sequences(cfg.trainer, cfg.data.sequence_length)
+    sequences = step_sequences(cfg.trainer, cfg.text.sequence_length)
     sizes, state = divisors(sequences), optimizer_bytes(cfg)
     decoder.to(choices.device)
     meter, share = _meter(choices.device), SHARE[choices.device]
@@ -170,7 +170,7 @@ def find_micro_batch(
 def optimizer_bytes(cfg: RunConfig) -> int:
     """Bytes of the optimizer's state, by a step of the real optimizer on parameters without storage."""
     with torch.device("meta"):
-        shadow = Decoder(cfg.model, build_spec(cfg.quant))
+        shadow = Decoder(cfg.decoder, build_spec(cfg.quant))
     for parameter in shadow.parameters():
         parameter.grad = torch.empty_like(parameter)
     optimizer = build_optimizer(cfg.optimizer, shadow)
@@ -215,8 +215,8 @@ def _rehearsal(
     cache = CodeCache(decoder)
 
     def one_pass(module: PretrainingModule, size: int) -> None:
-        shape = (size, cfg.data.sequence_length + 1)
-        ids = torch.randint(cfg.model.vocab, shape, generator=generator).to(device)
+        shape = (size, cfg.text.sequence_length + 1)
+        ids = torch.randint(cfg.decoder.vocab, shape, generator=generator).to(device)
         with precision.forward_context():
             loss = module.training_step(ids, 0)
         loss.backward()
@@ -269,7 +269,7 @@ def _estimated(cfg: RunConfig, sizes: list[int], choices: Choices) -> MicroBatch
 
 
 def _planned(cfg: RunConfig, size: int, precision: str) -> int:
-    memory = training_memory(cfg.model, build_spec(cfg.quant), size, cfg.data.sequence_length, precision)
+    memory = training_memory(cfg.decoder, build_spec(cfg.quant), size, cfg.text.sequence_length, precision)
     return memory.total - memory.master_weights
 
 
@@ -278,7 +278,7 @@ def _surely(cfg: RunConfig, precision: str) -> int:
 
     The loss's chunk is left out: it is planned for a GPU.
     """
-    memory = training_memory(cfg.model, build_spec(cfg.quant), 1, cfg.data.sequence_length, precision)
+    memory = training_memory(cfg.decoder, build_spec(cfg.quant), 1, cfg.text.sequence_length, precision)
     kept = sum(size for part, size in memory.activations.items() if part != "loss chunk")
     return memory.gradients + memory.code_buffers + kept
 
@@ -295,7 +295,7 @@ def _too_large(cfg: RunConfig, need: int | None, available: int, share: float, c
     takes = "runs out of memory" if need is None else f"takes {_megabytes(need)} with gradients and optimizer state"
     eager = "set trainer.compile=false, " if compiled else ""
     return (
-        f"Not even one sequence fits into memory: a pass over 1 x {cfg.data.sequence_length} tokens {takes}, and "
+        f"Not even one sequence fits into memory: a pass over 1 x {cfg.text.sequence_length} tokens {takes}, and "
         f"{share:.0%} of the {_megabytes(available)} that are free may be used: {eager}shorten data.sequence_length, "
         "choose a smaller model (model.layers, model.hidden, model.ffn) or free memory; trainer.micro_batch=1 tries "
         "anyway."

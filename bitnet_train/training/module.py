@@ -28,7 +28,7 @@ class PretrainingModule(L.LightningModule):
         self.cfg = cfg
         self.decoder = decoder
         self.clip_rule = build_clip(cfg.clip)
-        self.bos_id = bos_id if cfg.data.attend_within_documents else None
+        self.bos_id = bos_id if cfg.text.attend_within_documents else None
         self.loss = build_loss(cfg.loss)
         self.step_loss: Tensor | None = None
         self.clip_result: ClipResult | None = None
@@ -60,7 +60,7 @@ class PretrainingModule(L.LightningModule):
         is continued with another ``trainer.micro_batch`` must be put into the new unit. A fork may have another clip
         rule, which starts without a past.
         """
-        plan = batch_plan(self.cfg.trainer, self.cfg.data.sequence_length)
+        plan = batch_plan(self.cfg.trainer, self.cfg.text.sequence_length)
         batches = checkpoint["global_step"] * plan.accumulation
         for progress in ("total", "current"):
             counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][progress]

@@ -67,7 +67,7 @@ def check_start(path: Path, cfg: RunConfig, manifest: Manifest) -> int:
         raise ConfigError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
         ) from None
-    wanted = {f"decoder.{p.name}": p.shape for p in parameter_table(cfg.model)}
+    wanted = {f"decoder.{p.name}": p.shape for p in parameter_table(cfg.decoder)}
     saved = {name: shape for name, shape in saved.items() if name.startswith("decoder.")}
     wrong = next((name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)), None)
     if wrong is not None:
@@ -101,7 +101,7 @@ def train(
     bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
     loss stops being a number.
     """
-    checked = verify_shards(shards, manifest, cfg.data.verify)
+    checked = verify_shards(shards, manifest, cfg.text.verify)
     tokens = manifest.splits["train"]["tokens"]
     console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
     if first >= cfg.trainer.max_steps and (first or start is not None):
@@ -110,7 +110,7 @@ def train(
 
     choices = choose(cfg)
     kernels = choose_backend(choices.device, cfg.kernels.backend)
-    decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
+    decoder = build_decoder(cfg.decoder, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
     if initial is not None:
         check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, load_tokenizer(shards))
         fill_weights(decoder, initial.masters)
@@ -151,12 +151,12 @@ def train(
         console.print(found.sentence(), markup=False)
         remembered["micro_batch_search"] = found.as_dict()
         cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
-    plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
+    plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
+    data = ShardDataModule(cfg.text, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
     epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
-        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), {epochs:.2f} epochs",
+        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.text.sequence_length}), {epochs:.2f} epochs",
         markup=False,
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
@@ -168,7 +168,7 @@ def train(
 
     clock = TrainingClock()
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
-    metrics = TrainingMetrics(clock, training_flops_per_token(cfg.model, cfg.data.sequence_length), peak)
+    metrics = TrainingMetrics(clock, training_flops_per_token(cfg.decoder, cfg.text.sequence_length), peak)
     validation = Validation(clock, data, tokenizer.byte_lengths())
     checkpoints = Checkpoints(clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
@@ -212,7 +212,7 @@ def train(
             saved = f"{folder.last_checkpoint} (step {done})" if folder.last_checkpoint is not None else None
             learning = decoder.training
             step = trainer.global_step + learning
-            raise ConfigError(training_advice(plan, cfg.data.sequence_length, step, saved, learning)) from None
+            raise ConfigError(training_advice(plan, cfg.text.sequence_length, step, saved, learning)) from None
     return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
 
 

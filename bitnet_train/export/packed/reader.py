@@ -1,7 +1,7 @@
 """Reading the format ``packed`` back: the codes and scales as they are in the file."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
@@ -20,7 +20,7 @@ from bitnet_train.export.folder import panics_as_errors, read_json, shown, unrea
 from bitnet_train.export.packed.layout import unpack_codes
 from bitnet_train.export.packed.writer import FORMAT, VERSION, WEIGHTS, packed_infos
 from bitnet_train.kernels.backend import Backend
-from bitnet_train.nn.config import DecoderConfig, check_decoder
+from bitnet_train.nn.config import DecoderConfig, check_decoder, shape_fields
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import Role, check_spec, parameter_table
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
@@ -126,7 +126,7 @@ def read_packed(folder: Path, device: torch.device | str = "cpu") -> PackedModel
 
 
 def _decoder_config(found: Any, path: Path) -> DecoderConfig:
-    names = {field.name for field in fields(DecoderConfig)}
+    names = {field.name for field in shape_fields()}
     if not isinstance(found, dict) or set(found) != names:
         raise ConfigError(f"{path}: model must have exactly the fields {', '.join(sorted(names))}.")
     try:

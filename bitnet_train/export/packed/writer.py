@@ -1,6 +1,5 @@
 """The writer of the format ``packed``: all that a run can train, in the fewest bytes. See docs/packed_format.md."""
 
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from bitnet_train.export.folder import replaced_folder, write_json, write_origin
 from bitnet_train.export.packed.layout import pack_codes, packed_bytes
 from bitnet_train.export.sizes import ExportSize
 from bitnet_train.export.tensor_file import TensorFileWriter, TensorInfo
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import DecoderConfig, shape_fields
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import QuantSpec
 
@@ -62,7 +61,7 @@ def packed_config(
         "version": VERSION,
         "packing": export.packing.value,
         "dtype": export.dtype.value,
-        "model": {key: value.value if isinstance(value, Enum) else value for key, value in asdict(cfg).items()},
+        "model": {f.name: v.value if isinstance(v := getattr(cfg, f.name), Enum) else v for f in shape_fields()},
         "quantised_layers": layers,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

@@ -7,6 +7,7 @@ import lightning as L
 
 from bitnet_train.errors import DivergedError
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.config import step_size
 from bitnet_train.training.module import PretrainingModule
 
 
@@ -15,13 +16,14 @@ class TrainingMetrics(StepCallback):
 
     Args:
         clock: counts training time.
-        flops_per_token: of a forward and backward; with ``peak_flops`` (of the device, or None) gives the share of it.
+        flops_per_unit: of a forward and backward, per token or image; with ``peak_flops`` (of the device, or None)
+            gives the share of it.
 
     Raises DivergedError (exit code 3) when the loss or the gradient norm of a logged step is not finite.
     """
 
-    def __init__(self, clock: TrainingClock, flops_per_token: float, peak_flops: float | None) -> None:
-        self.clock, self.flops_per_token, self.peak_flops = clock, flops_per_token, peak_flops
+    def __init__(self, clock: TrainingClock, flops_per_unit: float, peak_flops: float | None) -> None:
+        self.clock, self.flops_per_unit, self.peak_flops = clock, flops_per_unit, peak_flops
         self.row: dict[str, float] = {}
         self._last_seconds, self._last_step = 0.0, 0
 
@@ -44,21 +46,21 @@ class TrainingMetrics(StepCallback):
         group = next(g for g in trainer.optimizers[0].param_groups if g["decays"])
         loss, norm = float(module.step_loss), float(module.clip_result.norm)
         now = self.clock.seconds()
-        tokens = module.cfg.trainer.batch_tokens
-        rate = (step - self._last_step) * tokens / max(now - self._last_seconds, 1e-9)
+        size = step_size(module.cfg)
+        rate = (step - self._last_step) * size.count / max(now - self._last_seconds, 1e-9)
         self._last_seconds, self._last_step = now, step
         self.row = {
-            "tokens": step * tokens,
+            size.unit: step * size.count,
             "train/loss": loss,
             "lr": group["lr"],
             "weight_decay": group["weight_decay"],
             "grad_norm": norm,
             "clip_threshold": float(module.clip_result.threshold),
-            "tokens_per_second": round(rate, 1),
+            f"{size.unit}_per_second": round(rate, 1),
             "elapsed_seconds": round(now, 2),
         }
         if self.peak_flops:
-            self.row["model_flops_share"] = rate * self.flops_per_token / self.peak_flops
+            self.row["model_flops_share"] = rate * self.flops_per_unit / self.peak_flops
         statistics = module.code_cache.statistics if module.code_cache else None
         if statistics is not None:
             self.row |= {"codes/zeros": statistics.zero_share(), "codes/flips": statistics.flip_rate()}
