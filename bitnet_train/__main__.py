@@ -168,13 +168,11 @@ def kinds_of_run(catalogue: Catalogue, given: dict[str, str]) -> dict[str, str]:
         kinds = {key: str(saved[key]["name"]) for key in KINDS}
         if kinds == {key: next(iter(options)) for key, options in KINDS.items()}:
             return {}
-        source = str(saved["data"]["source"]["name"])
+        inner = {"model": {}, "data": {"source": str(saved["data"]["source"]["name"])}}
     except (ConfigError, KeyError, TypeError):
         return {}  # said when the run is opened
-    return {
-        **{key: name for key, kind in kinds.items() if (name := option_of(catalogue, key, kind))},
-        "data/source": source,
-    }
+    options = {key: option_of(catalogue, key, kind, inner[key]) for key, kind in kinds.items()}
+    return {key: option for key, option in options.items() if option is not None}
 
 
 def _saved_file(folder: Path) -> Path | None:

@@ -180,9 +180,15 @@ def check_one_kind(catalogue: Catalogue, jobs: list[dict[str, str]]) -> dict[str
     return kinds[0]
 
 
-def option_of(catalogue: Catalogue, group: str, kind: str) -> str | None:
-    """Any option of ``group`` that is of ``kind``, or None."""
-    return next((name for name in catalogue.options.get(group, []) if _kind(catalogue, group, name) == kind), None)
+def option_of(catalogue: Catalogue, group: str, kind: str, inner: dict[str, str]) -> str | None:
+    """Any option of ``group`` that is of ``kind`` and chooses ``inner`` (such as {"source": "digits"}), or None."""
+    for name in catalogue.options.get(group, []):
+        if _kind(catalogue, group, name) == kind:
+            node = OmegaConf.load(catalogue.files[f"{group}/{name}"])
+            chosen = [entry for entry in defaults_of(node) if isinstance(entry, dict)]  # type: ignore[arg-type]
+            if all({key: option} in chosen for key, option in inner.items()):
+                return name
+    return None
 
 
 def _kind(catalogue: Catalogue, group: str, option: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -11,7 +12,10 @@ from bitnet_train.data.prepare import prepared
 from bitnet_train.errors import ConfigError
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
+from bitnet_train.planning.vision import ImageEstimate, estimate_images
 from bitnet_train.training.run_folder import write_atomically
+
+Figures = Estimate | ImageEstimate
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 COUNT_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
@@ -21,18 +25,23 @@ def run(cfg: Config) -> int:
     """Print the estimate and leave it in ``<paths.runs>/<run_name>/estimate/``."""
     console = make_console()
     assert cfg.run_name is not None
-    figures = estimate(cfg, cfg.export.dtype)
-    tokens, remark = training_tokens(cfg)
+    figures: Figures
+    if cfg.on_images:
+        figures = estimate_images(cfg, cfg.export.dtype)
+        more: dict[str, Any] = {}
+        work = _image_work(figures, cfg)
+    else:
+        figures = estimate(cfg, cfg.export.dtype)
+        tokens, remark = training_tokens(cfg)
+        more = {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
+        work = _work(figures, cfg, tokens, remark)
     folder = Path(cfg.paths.runs) / cfg.run_name / "estimate"
     try:
         draw(cfg, f"{cfg.run_name}: learning rate and weight decay", folder / "schedule.png")
-        content = figures.as_dict()
-        content |= {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
-        write_atomically(folder / "estimate.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(folder / "estimate.json", json.dumps(figures.as_dict() | more, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another with paths.runs=.") from None
     console.print(f"Estimate of {cfg.run_name}, from the configuration alone")
-    work = _work(figures, cfg, tokens, remark)
     for table in (_parameters(figures), work, _memory(figures), _disk(figures), _curve(figures)):
         console.print()
         console.print(table)
@@ -67,13 +76,15 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _parameters(figures: Estimate) -> Table:
+def _parameters(figures: Figures) -> Table:
     counts = figures.parameters
     table = _table("Parameters", "kind", "count", "share")
     rows = {"embedding": counts.embedding, "head": counts.head, "norms": counts.norms}
     rows |= {f"{scheme} linear": count for scheme, count in counts.linear.items()}
     for name, count in rows.items():
-        if name == "head" and not count:
+        if name == "embedding" and isinstance(figures, ImageEstimate):
+            name = "first layer and positions"
+        if name == "head" and not count and isinstance(figures, Estimate):
             table.add_row("head (tied: the embedding)", "0", "")
         else:
             table.add_row(name, f"{count:,}", f"{count / counts.total:.1%}")
@@ -101,10 +112,27 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     return table
 
 
-def _memory(figures: Estimate) -> Table:
+def _image_work(figures: ImageEstimate, cfg: Config) -> Table:
+    table = _table("Work (2 operations per weight and image or patch; backward twice forward)", "what", "figure")
+    plan = figures.batch
+    for name, value in figures.forward_flops.items():
+        table.add_row(f"forward per image, {name}", human(value, COUNT_UNITS))
+    table.add_row("forward per image", human(figures.forward_flops_per_image, COUNT_UNITS))
+    table.add_row("training per image", human(figures.training_flops_per_image, COUNT_UNITS))
+    table.add_row("training, whole run", f"{figures.training_flops:.3g}")
+    table.add_row("steps", f"{figures.steps:,}")
+    table.add_row("images per step", f"{cfg.images.batch_size:,}")
+    table.add_row("  as micro-batches", f"{plan.accumulation} x {plan.micro_batch} images")
+    table.add_row("images, whole run", f"{figures.images:,}")
+    return table
+
+
+def _memory(figures: Figures) -> Table:
     memory = figures.memory
     precision = "auto, counted as bf16-mixed" if figures.precision == "auto" else figures.precision
     title = f"Training memory (an estimate; eager, micro-batch {figures.batch.micro_batch}, {precision})"
+    if isinstance(figures, ImageEstimate):
+        title = f"Training memory (an estimate; {precision}; activations and images are not counted)"
     table = _table(title, "component", "size")
     for name, value in (
         ("master weights (float32)", memory.master_weights),
@@ -120,16 +148,17 @@ def _memory(figures: Estimate) -> Table:
     return table
 
 
-def _disk(figures: Estimate) -> Table:
+def _disk(figures: Figures) -> Table:
+    what = "weights" if isinstance(figures, ImageEstimate) else "export"
     title = f"On disk (tensors that are no codes in {figures.export_dtype})"
     table = _table(title, "file", "without embeddings", "whole")
     for size in figures.exports:
-        table.add_row(f"export, {size.packing}", human(size.without_embeddings), human(size.total))
+        table.add_row(f"{what}, {size.packing}", human(size.without_embeddings), human(size.total))
     table.add_row("checkpoint (weights, 2 moments)", "", human(figures.checkpoint_bytes))
     return table
 
 
-def _curve(figures: Estimate) -> Table:
+def _curve(figures: Figures) -> Table:
     table = _table("Schedule", "step", "", "learning rate", "weight decay")
     table.columns[0].justify, table.columns[1].justify = "right", "left"
     for point in figures.curve:

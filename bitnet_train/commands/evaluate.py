@@ -10,6 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bitnet_train.commands.console import make_console, print_table
+from bitnet_train.commands.evaluate_images import evaluate_images
 from bitnet_train.commands.sources import LoadedModel, load_model, open_run, read_text
 from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError
@@ -30,9 +31,12 @@ RESULT_FILE = "evaluation.json"
 def run(cfg: Config) -> int:
     """Measure in float32 and print the figures; they are also left in evaluation.json in the folder of ``run=``.
 
-    On the tasks of ``evaluate.tasks``; on ``evaluate.text``; without either on the validation text as training did.
+    A language model is measured on the tasks of ``evaluate.tasks``; on ``evaluate.text``; without either on the
+    validation text as training did. An image classifier is measured on its test images.
     """
     console = make_console()
+    if cfg.on_images:
+        return evaluate_images(cfg, console)
     if cfg.evaluate.tasks:
         from bitnet_train.evaluation.lm_eval_model import check_harness
 

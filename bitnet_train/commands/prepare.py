@@ -8,6 +8,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from bitnet_train.commands.console import make_console
 from bitnet_train.config import Config
 from bitnet_train.data.config import DataConfig
+from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.prepare import prepare, prepared, shard_folder
 from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
@@ -18,6 +19,8 @@ MEGABYTE = 1_000_000
 def run(cfg: Config) -> int:
     """Make the shards of ``cfg.text``, or verify those that exist (``data.rebuild=true`` makes them again)."""
     console = make_console()
+    if cfg.on_images:
+        return _load_images(cfg, console)
     folder, manifest = ensure_prepared(cfg, console)
     for split, entry in manifest.splits.items():
         console.print(
@@ -27,6 +30,15 @@ def run(cfg: Config) -> int:
     checked = verify_shards(folder, manifest, cfg.text.verify)
     load_tokenizer(folder)
     console.print(f"shards: {folder}; checked {checked}; fingerprint {manifest.fingerprint[:16]}")
+    return 0
+
+
+def _load_images(cfg: Config, console: Console) -> int:
+    """Images are read by ``datasets``, which keeps what it downloads; there is nothing else to prepare."""
+    splits = load_images(cfg.images)
+    for name, part in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        console.print(f"{name}: {len(part):,} images in {len(set(part.labels.tolist()))} classes")
+    console.print(f"images: {cfg.images.source.name}; fingerprint {splits.fingerprint[:16]}", markup=False)
     return 0
 
 

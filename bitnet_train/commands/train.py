@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bitnet_train.commands.console import make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_yaml
+from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
@@ -29,22 +32,7 @@ def run(cfg: Config) -> int:
         _check_same_fork(saved, cfg, folder)
     if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
         raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
-    # Weights that do not fit are found before anything is prepared.
-    initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
-    shards, manifest = ensure_prepared(cfg, console)
-
-    from bitnet_train.training.run import check_start, train
-
-    start = folder.last_checkpoint or fork
-    # Before this configuration becomes the folder's.
-    first = check_start(start, cfg, manifest) if start is not None else 0
-    if first == 0 and start is not None and start == fork:
-        raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
-    if first == 0 and start is not None and cfg.trainer.max_steps > 0:
-        start = None  # a run that has only saved its initial weights makes them again
-        initial = _initial_weights(cfg)
-    folder.save_config(to_yaml(cfg))
-    outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
+    outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, fork, console)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
         console.print(f"{where}; the same command continues the run")
@@ -54,16 +42,58 @@ def run(cfg: Config) -> int:
             write_run_page(cfg, folder, cfg.run_name)
         except OSError as error:
             console.print(f"{folder.path / REPORT_FILE} is not written: {error.strerror}", markup=False)
+    after = "evaluate" if cfg.on_images else "export"
     if outcome.validation is not None:
-        beside = ""
-        if cfg.text.validation_tokens is None:
-            others = compressed_bits_per_byte(split_text(cfg.text, "val").encode())
-            beside = f" ({', '.join(f'{name}: {bits:.2f}' for name, bits in others.items())} on the same text)"
-        result = outcome.validation
-        figure = f"[bold]{result.bits_per_byte:.4f} bits per byte[/bold]"
-        console.print(f"{figure} on {result.bytes:,} held-out bytes{beside}")
-    console.print(f"run folder: {folder.path}; next: python -m bitnet_train command=export run={folder.path}")
+        console.print(_result(cfg, outcome.validation))
+    console.print(f"run folder: {folder.path}; next: python -m bitnet_train command={after} run={folder.path}")
     return 0
+
+
+def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> Any:
+    """Train a language model; the outcome."""
+    # Weights that do not fit are found before anything is prepared.
+    initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
+    shards, manifest = ensure_prepared(cfg, console)
+
+    from bitnet_train.training.run import check_start, train
+
+    assert cfg.run_name is not None
+    start = folder.last_checkpoint or fork
+    # Before this configuration becomes the folder's.
+    first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
+    if first == 0 and start is not None and start == fork:
+        raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
+    if first == 0 and start is not None and cfg.trainer.max_steps > 0:
+        start = None  # a run that has only saved its initial weights makes them again
+        initial = _initial_weights(cfg)
+    folder.save_config(to_yaml(cfg))
+    return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
+
+
+def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> Any:
+    """Train an image classifier; the outcome."""
+    splits = load_images(cfg.images)
+
+    from bitnet_train.training.run import check_start
+    from bitnet_train.training.vision.run import train_classifier
+
+    assert cfg.run_name is not None
+    start = folder.last_checkpoint or fork
+    first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
+    folder.save_config(to_yaml(cfg))
+    return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
+
+
+def _result(cfg: Config, result: Any) -> str:
+    """What came out, in one line."""
+    figure = f"[bold]{result.figure}[/bold]"
+    if cfg.on_images:
+        return f"{figure} on {result.images:,} held-out images"
+    beside = ""
+    if cfg.text.validation_tokens is None:
+        others = compressed_bits_per_byte(split_text(cfg.text, "val").encode())
+        beside = f" ({', '.join(f'{name}: {bits:.2f}' for name, bits in others.items())} on the same text)"
+    return f"{figure} on {result.bytes:,} held-out bytes{beside}"
 
 
 def _initial_weights(cfg: Config) -> Any:

@@ -46,6 +46,40 @@ def sample_index(n: int, size: int, seed: int) -> int:
     return shuffled(position, size, seed, epoch)
 
 
+def sample_indices(numbers: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """:func:`sample_index` of many sample numbers int (n,) at once, int64 (n,): the same numbers, much faster."""
+    epochs, positions = np.divmod(numbers.astype(np.uint64), np.uint64(size))
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    values, waiting = positions, np.ones(len(numbers), dtype=bool)
+    while waiting.any():
+        left, right = values[waiting] >> half, values[waiting] & low
+        for round_number in range(4):
+            key = np.uint64((seed * 0x9E3779B97F4A7C15 + round_number * 0x8CB92BA72F3D8DD7) % 2**64)
+            with np.errstate(over="ignore"):
+                keys = epochs[waiting] * np.uint64(0xD1B54A32D192ED03) + key
+            left, right = right, left ^ (_mix_all(right, keys) & low)
+        values[waiting] = (left << half) | right
+        waiting = values >= size
+    return values.astype(np.int64)
+
+
+def random_words(numbers: np.ndarray, seed: int, purpose: int) -> np.ndarray:
+    """A random word uint64 (n,) for each sample number, a pure function of number, seed and purpose."""
+    keys = np.full(len(numbers), (seed * 0x9E3779B97F4A7C15 + purpose * 0x8CB92BA72F3D8DD7) % 2**64, dtype=np.uint64)
+    # Twice, because neighbouring numbers under neighbouring keys are close to each other.
+    return _mix_all(_mix_all(numbers.astype(np.uint64), keys), keys)
+
+
+def _mix_all(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """:func:`_mix` of arrays."""
+    with np.errstate(over="ignore"):
+        z: np.ndarray = values + keys
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
 class ConsumedBatchSampler(Sampler[list[int]]):
     """Batches of ``batch`` sample numbers, starting after ``consumed`` samples; endless.
 

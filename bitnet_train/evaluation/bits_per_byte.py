@@ -38,6 +38,16 @@ class TextLoss:
         """Bits to encode one byte of the text: comparable between tokenizers and with gzip and xz."""
         return self.nats / math.log(2) / max(1, self.bytes)
 
+    @property
+    def figure(self) -> str:
+        """The figure to judge by, in words."""
+        return f"{self.bits_per_byte:.4f} bits per byte"
+
+    @property
+    def short(self) -> str:
+        """The same in little room."""
+        return f"{self.bits_per_byte:.3f} bpb"
+
 
 @torch.no_grad()
 def windows_loss(

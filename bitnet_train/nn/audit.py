@@ -9,6 +9,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import Role, parameter_table
+from bitnet_train.nn.vision.base import Classifier
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,15 @@ class AuditReport:
         )
 
 
-def audit(model: Decoder) -> AuditReport:
-    """Count what is quantised in ``model`` and compare every linear layer of its blocks with ``model.spec``.
+def audit(model: Decoder | Classifier) -> AuditReport:
+    """Count what is quantised in ``model`` and compare every linear layer between first and last with ``model.spec``.
 
     Raises ConfigError when a layer that the spec quantises is not a BitLinear of that kind, or the other way round.
     """
     modules = dict(model.named_modules())
     wrong = []
-    for parameter in parameter_table(model.cfg):
+    table = parameter_table(model.cfg)
+    for parameter in table:
         if parameter.role is not Role.linear:
             continue
         layer, wanted = modules.get(parameter.layer_name), model.spec.for_layer(parameter.layer_name)
@@ -60,10 +62,11 @@ def audit(model: Decoder) -> AuditReport:
     owned = {id(module) for module in modules.values()}
     if not used <= owned:
         raise ConfigError("A linear layer was replaced after the model was built; the forward still runs the old one.")
+    ends = {p.layer_name for p in table if p.role in (Role.embedding, Role.head)}
     linears: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, nn.Linear) and name not in ends:
             scheme = module.quant.scheme if isinstance(module, BitLinear) else "float"
             linears[scheme] += 1
             parameters[scheme] += module.weight.numel()

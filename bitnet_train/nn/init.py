@@ -3,7 +3,7 @@
 ======================  ================================================
 parameter               distribution
 ======================  ================================================
-embedding, head         normal(0, embedding_std or std)
+embedding, head         normal(0, embedding_std or std); of a classifier: first and last layer, positions
 linear layers           normal(0, std)
 o_proj, down_proj       depth_scaled: normal(0, std / sqrt(2 * layers))
 sub-norm weights        sub_norm_gain
@@ -21,11 +21,16 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.config import DecoderConfig, DepthScaledInit, InitConfig, NormalInit
 from bitnet_train.nn.decoder import Decoder
+from bitnet_train.nn.vision.base import Classifier
 from bitnet_train.quant.spec import QuantSpec
 
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
 
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+# First and last layers, a classifier's included.
+EMBEDDINGS = (
+    "embed_tokens.weight", "lm_head.weight",
+    "input_proj.weight", "patch_embed.weight", "positions.weight", "head.weight",
+)  # fmt: skip
 
 
 def _normal(cfg: NormalInit, name: str, layers: int) -> float:
@@ -41,7 +46,7 @@ INIT_STD: dict[type[InitConfig], Callable[..., float]] = {NormalInit: _normal, D
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, cfg: InitConfig, seed: int) -> None:
+def init_weights(model: Decoder | Classifier, cfg: InitConfig, seed: int) -> None:
     """Fill all parameters of ``model`` in place, from a generator of its own on the CPU.
 
     The same seed gives the same weights whatever else has drawn random numbers and on whatever device. Raises

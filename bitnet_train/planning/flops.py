@@ -2,6 +2,7 @@
 
 from bitnet_train.nn.config import DecoderConfig
 from bitnet_train.nn.layout import Role, parameter_table
+from bitnet_train.nn.vision.config import ClassifierConfig, VitConfig
 
 # Dense bf16 peak in FLOP/s, by a part of the device's name, from the vendors' data sheets.
 DEVICE_PEAKS = {
@@ -36,6 +37,27 @@ def forward_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:
 def training_flops_per_token(cfg: DecoderConfig, sequence_length: int) -> float:
     """Forward and backward: three times the forward (Kaplan et al. 2020, section 2.1)."""
     return 3.0 * forward_flops_per_token(cfg, sequence_length)
+
+
+def image_flops(cfg: ClassifierConfig) -> dict[str, float]:
+    """Operations of one forward pass per image by part: 2 per weight of every matmul and token, and attention.
+
+    Every patch looks at every other, so attention's two products cost ``2 * 2 * hidden * tokens`` for each.
+    """
+    vit = isinstance(cfg, VitConfig)
+    tokens = cfg.tokens if isinstance(cfg, VitConfig) else 1
+    sizes = {p.layer_name: p.size for p in parameter_table(cfg) if p.role is not Role.norm}
+    head, first = sizes.pop("head"), sizes.pop("patch_embed" if vit else "input_proj")
+    sizes.pop("positions", None)  # added, not multiplied
+    parts = {"first layer": 2.0 * tokens * first, "linear layers": 2.0 * tokens * sum(sizes.values())}
+    if vit:
+        parts["attention"] = 4.0 * cfg.layers * cfg.hidden * tokens**2
+    return {**parts, "head": 2.0 * head}
+
+
+def training_flops_per_image(cfg: ClassifierConfig) -> float:
+    """Forward and backward: three times the forward (Kaplan et al. 2020, section 2.1)."""
+    return 3.0 * sum(image_flops(cfg).values())
 
 
 def device_peak(name: str) -> float | None:

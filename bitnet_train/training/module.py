@@ -1,57 +1,59 @@
-"""The Lightning module: the decoder, its loss, its optimizer, and what happens once per optimizer step."""
+"""The Lightning modules: a model, its loss, its optimizer, and what happens once per optimizer step."""
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
-from bitnet_train.training.config import RunConfig, batch_plan
+from bitnet_train.training.config import RunConfig, step_plan
 from bitnet_train.training.losses.cross_entropy import build_loss
 from bitnet_train.training.optimizers.build import build_optimizer
 from bitnet_train.training.step import next_token_loss, set_step_rates
 
 
-class PretrainingModule(L.LightningModule):
-    """Next-token training of a decoder.
+class TrainingModule(L.LightningModule):
+    """Base of the training of a model: all but the model and the loss of a batch.
 
     Learning rate and weight decay are set from the step before each update; the codes are refreshed by the optimizer's
     step hook. ``step_loss`` and ``clip_result`` hold the last step's figures as tensors, for the callbacks.
     """
 
-    def __init__(self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool) -> None:
+    def __init__(self, cfg: RunConfig, compiled: bool) -> None:
         super().__init__()
         self.cfg = cfg
-        self.decoder = decoder
         self.clip_rule = build_clip(cfg.clip)
-        self.bos_id = bos_id if cfg.text.attend_within_documents else None
-        self.loss = build_loss(cfg.loss)
         self.step_loss: Tensor | None = None
         self.clip_result: ClipResult | None = None
         self.code_cache: CodeCache | None = None
         self._losses: list[Tensor] = []
-        self._compute: Callable[[Tensor], Tensor] = torch.compile(self._batch_loss) if compiled else self._batch_loss
+        self._compute: Callable[[Any], Tensor] = torch.compile(self._batch_loss) if compiled else self._batch_loss
 
-    def _batch_loss(self, ids: Tensor) -> Tensor:
-        return next_token_loss(self.decoder, self.loss, ids, self.bos_id)
+    @property
+    def network(self) -> nn.Module:
+        """The model that is trained."""
+        raise NotImplementedError
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def _batch_loss(self, batch: Any) -> Tensor:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self._compute(batch)
         self._losses.append(loss.detach())
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.cfg.optimizer, self.decoder)
+        return build_optimizer(self.cfg.optimizer, self.network)
 
     def on_fit_start(self) -> None:
         # Here the weights are on their device and the optimizer exists.
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self.code_cache = CodeCache(self.decoder, optimizer)
+        self.code_cache = CodeCache(self.network, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit what Lightning is about to restore to this run's accumulation and clip rule.
@@ -60,7 +62,7 @@ class PretrainingModule(L.LightningModule):
         is continued with another ``trainer.micro_batch`` must be put into the new unit. A fork may have another clip
         rule, which starts without a past.
         """
-        plan = batch_plan(self.cfg.trainer, self.cfg.text.sequence_length)
+        plan = step_plan(self.cfg)
         batches = checkpoint["global_step"] * plan.accumulation
         for progress in ("total", "current"):
             counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][progress]
@@ -77,6 +79,23 @@ class PretrainingModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""
         set_step_rates(getattr(optimizer, "optimizer", optimizer), self.cfg, self.global_step)
-        self.clip_result = self.clip_rule.clip(self.decoder.parameters())
+        self.clip_result = self.clip_rule.clip(self.network.parameters())
         self.step_loss = torch.stack(self._losses).mean()
         self._losses = []
+
+
+class PretrainingModule(TrainingModule):
+    """Next-token training of a decoder."""
+
+    def __init__(self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool) -> None:
+        super().__init__(cfg, compiled)
+        self.decoder = decoder
+        self.bos_id = bos_id if cfg.text.attend_within_documents else None
+        self.loss = build_loss(cfg.loss)
+
+    @property
+    def network(self) -> Decoder:
+        return self.decoder
+
+    def _batch_loss(self, ids: Tensor) -> Tensor:
+        return next_token_loss(self.decoder, self.loss, ids, self.bos_id)

@@ -17,12 +17,15 @@ from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import TextLoss
+from bitnet_train.evaluation.classification import ImageLoss
 from bitnet_train.export.initial import InitialWeights, check_same_tokenizer, fill_weights
-from bitnet_train.kernels.backend import choose_backend
+from bitnet_train.kernels.backend import BackendChoice, choose_backend
 from bitnet_train.nn.audit import audit
 from bitnet_train.nn.config import initial_source
+from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.nn.layout import parameter_table
+from bitnet_train.nn.vision.base import Classifier
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
@@ -33,13 +36,13 @@ from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.callbacks.tasks import Tasks, cut_evaluations
 from bitnet_train.training.callbacks.validation import Validation
-from bitnet_train.training.config import RunConfig, batch_plan
+from bitnet_train.training.config import BatchPlan, RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
-from bitnet_train.training.device import choose
+from bitnet_train.training.device import Choices, choose
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.micro_batch import find_micro_batch
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import PretrainingModule, TrainingModule
 from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
 from bitnet_train.training.run_folder import RunFolder
@@ -50,34 +53,38 @@ class TrainingOutcome:
     """How a run ended: the steps done, the last validation, and 0 or the exit code of the signal that stopped it."""
 
     step: int
-    validation: TextLoss | None
+    validation: TextLoss | ImageLoss | None
     exit_code: int
 
 
-def check_start(path: Path, cfg: RunConfig, manifest: Manifest) -> int:
+def check_start(path: Path, cfg: RunConfig, data_fingerprint: str) -> int:
     """The optimizer step of the checkpoint that a run starts from.
 
-    Raises ConfigError when it cannot be read, is of another model, or was trained on other token shards.
+    Raises ConfigError when it cannot be read, is of another model, or was trained on other data than those with
+    ``data_fingerprint``.
     """
+    # What the Lightning modules are called in a checkpoint.
+    network, data = ("classifier", "ImageDataModule") if cfg.on_images else ("decoder", "ShardDataModule")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, fingerprint = int(content["global_step"]), content["ShardDataModule"]["fingerprint"]
+        step, fingerprint = int(content["global_step"]), content[data]["fingerprint"]
         saved = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     except Exception as error:
         raise ConfigError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
         ) from None
-    wanted = {f"decoder.{p.name}": p.shape for p in parameter_table(cfg.decoder)}
-    saved = {name: shape for name, shape in saved.items() if name.startswith("decoder.")}
+    wanted = {f"{network}.{p.name}": p.shape for p in parameter_table(cfg.model)}
+    saved = {name: shape for name, shape in saved.items() if name.startswith(f"{network}.")}
     wrong = next((name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)), None)
     if wrong is not None:
         raise ConfigError(
-            f"The checkpoint {path} is of another model: {wrong.removeprefix('decoder.')} is "
+            f"The checkpoint {path} is of another model: {wrong.removeprefix(f'{network}.')} is "
             f"{saved.get(wrong, 'missing')} there and {wanted.get(wrong, 'missing')} in model=."
         )
-    if fingerprint != manifest.fingerprint:
+    if fingerprint != data_fingerprint:
+        what = "images" if cfg.on_images else "token shards"
         raise ConfigError(
-            f"The checkpoint {path} was trained on other token shards (their fingerprint differs): restore the data it "
+            f"The checkpoint {path} was trained on other {what} (their fingerprint differs): restore the data it "
             "was trained on, or start a new run with another run_name."
         )
     return step
@@ -115,19 +122,8 @@ def train(
         check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, load_tokenizer(shards))
         fill_weights(decoder, initial.masters)
         console.print(f"init: {initial.description}", markup=False)
-    counts = audit(decoder)
-    console.print(f"model: {counts.sentence()}")
-    for line in (*choices.sentences(), f"kernels: {kernels.backend.name} ({kernels.reason})"):
-        console.print(line, markup=False)
-    remembered: dict[str, Any] = {
-        "kernels": kernels.backend.name,
-        "data_fingerprint": manifest.fingerprint,
-        "from_step": first,
-    }
-    if counts.quantised_linears:
-        dx, dw = decoder.spec.gradient.resolve("bf16" if choices.precision == "bf16-mixed" else "fp32")
-        console.print(f"gradients: dX in {dx}, dW in {dw} (quant.gradient)", markup=False)
-        remembered["gradients"] = {"dx": dx, "dw": dw}
+    remembered = describe(decoder, choices, kernels, console)
+    remembered |= {"data_fingerprint": manifest.fingerprint, "from_step": first}
 
     tokenizer = load_tokenizer(shards)
     tokenizer.save(folder.tokenizer)  # The run outlives its shards.
@@ -139,10 +135,7 @@ def train(
         save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
         folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
         return TrainingOutcome(0, None, 0)
-    # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in whatever
-    # order its threads arrive in; PyTorch's deterministic mode does not. (Filling fresh memory is for debugging.)
-    deterministic = choices.device == "cpu"
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    fill_no_memory()
     if cfg.trainer.micro_batch == "auto":
         with console.status("finding the largest micro-batch that fits"):
             found = find_micro_batch(
@@ -160,7 +153,7 @@ def train(
         markup=False,
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
-    loggers = _loggers(cfg, folder, run_name, first, console)
+    loggers = build_loggers(cfg, folder, run_name, first, console)
     cut_samples(folder.samples_file, first)
     cut_evaluations(folder.evaluations_file, first)
     remembered["micro_batch"] = plan.micro_batch
@@ -182,9 +175,55 @@ def train(
         Tasks(clock, tokenizer, folder.evaluations_file),
         stop,
     ]
+    trainer = build_trainer(cfg, choices, plan, loggers, callbacks, folder)
+    try:
+        fit(trainer, module, data, start)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        done = checkpoints.saved_step if checkpoints.saved_step >= 0 else first
+        saved = f"{folder.last_checkpoint} (step {done})" if folder.last_checkpoint is not None else None
+        learning = decoder.training
+        step = trainer.global_step + learning
+        raise ConfigError(training_advice(plan, cfg.text.sequence_length, step, saved, learning)) from None
+    return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
+
+
+def describe(
+    network: Decoder | Classifier, choices: Choices, kernels: BackendChoice, console: Console
+) -> dict[str, Any]:
+    """Say what the model is and how it is computed, and return that for provenance.json."""
+    counts = audit(network)
+    console.print(f"model: {counts.sentence()}")
+    for line in (*choices.sentences(), f"kernels: {kernels.backend.name} ({kernels.reason})"):
+        console.print(line, markup=False)
+    remembered: dict[str, Any] = {"kernels": kernels.backend.name}
+    if counts.quantised_linears:
+        dx, dw = network.spec.gradient.resolve("bf16" if choices.precision == "bf16-mixed" else "fp32")
+        console.print(f"gradients: dX in {dx}, dW in {dw} (quant.gradient)", markup=False)
+        remembered["gradients"] = {"dx": dx, "dw": dw}
+    return remembered
+
+
+def fill_no_memory() -> None:
+    """Leave fresh memory as it is in PyTorch's deterministic mode, which fills it for debugging."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def build_trainer(
+    cfg: RunConfig,
+    choices: Choices,
+    plan: BatchPlan,
+    loggers: list[Logger],
+    callbacks: list[L.Callback],
+    folder: RunFolder,
+) -> L.Trainer:
+    """Lightning's trainer for one run."""
     with _quiet_lightning():
-        trainer = L.Trainer(
-            deterministic=deterministic,
+        return L.Trainer(
+            # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in
+            # whatever order its threads arrive in; PyTorch's deterministic mode does not.
+            deterministic=choices.device == "cpu",
             accelerator=choices.device,
             devices=1,
             precision=choices.precision,  # type: ignore[arg-type]
@@ -199,24 +238,20 @@ def train(
             enable_model_summary=False,
             default_root_dir=folder.path,
         )
+
+
+def fit(trainer: L.Trainer, module: TrainingModule, data: L.LightningDataModule, start: Path | None) -> None:
+    """Train from the checkpoint ``start``, or from the beginning. Raises KeyboardInterrupt for a second Ctrl-C."""
+    with _quiet_lightning():
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except SystemExit as error:  # what Lightning makes of Ctrl-C
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            done = checkpoints.saved_step if checkpoints.saved_step >= 0 else first
-            saved = f"{folder.last_checkpoint} (step {done})" if folder.last_checkpoint is not None else None
-            learning = decoder.training
-            step = trainer.global_step + learning
-            raise ConfigError(training_advice(plan, cfg.text.sequence_length, step, saved, learning)) from None
-    return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
 
 
-def _loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:
+def build_loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:
     """metrics.csv, its rows past step ``first`` cut, and what ``cfg.logger`` adds."""
     metrics_csv = MetricsCsv(folder.metrics_file)
     metrics_csv.cut(first)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from omegaconf import II
+from omegaconf import II, MISSING
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import InitConfig, ModelConfig, NormalInit, Norms, check_init, initial_source
@@ -28,6 +28,10 @@ class ClassifierConfig(ModelConfig):
     channels: int = II("data.channels")
     # Number of classes, the rows of the head; follows the data.
     classes: int = II("data.classes")
+    # Width of the layers between the first and the last.
+    hidden: int = MISSING
+    # Depth; what it counts is the model's own.
+    layers: int = MISSING
     # Quantise the first and the last linear layer too. They stay floats as a rule, as a language model's embedding and
     # head do: they hold few of the weights and ternary ones cost accuracy there.
     quantise_ends: bool = False

@@ -12,7 +12,7 @@ import torch
 
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import LAST
 
 
@@ -35,13 +35,13 @@ class Checkpoints(StepCallback):
             partial.unlink()
         self._saved_at = time.monotonic()
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         cfg = module.cfg.checkpoint
         overdue = cfg.every_minutes is not None and time.monotonic() - self._saved_at >= cfg.every_minutes * 60
         if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or step == module.cfg.trainer.max_steps:
             self.save(trainer, module, step)
 
-    def save(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> bool:
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int) -> bool:
         """Save the state after ``step`` unless that is done already; False when the state is not worth keeping."""
         if step == self.saved_step:
             return True
@@ -89,7 +89,7 @@ def point_last_to(path: Path) -> None:
     partial.replace(last)
 
 
-def _finite(module: PretrainingModule) -> bool:
+def _finite(module: TrainingModule) -> bool:
     figures = [module.step_loss, module.clip_result.norm if module.clip_result else None]
     return all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))
 

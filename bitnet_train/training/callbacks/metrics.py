@@ -8,7 +8,7 @@ import lightning as L
 from bitnet_train.errors import DivergedError
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.config import step_size
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import TrainingModule
 
 
 class TrainingMetrics(StepCallback):
@@ -31,14 +31,14 @@ class TrainingMetrics(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._last_seconds, self._last_step = self.clock.seconds(), trainer.global_step
 
-    def _due(self, module: PretrainingModule, step: int) -> bool:
+    def _due(self, module: TrainingModule, step: int) -> bool:
         return step == 1 or due(step, module.cfg.trainer.log_every, module.cfg.trainer.max_steps)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         if self._due(pl_module, trainer.global_step + 1):
             pl_module.code_cache.measure_next()
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         if not self._due(module, step):
             return
         assert module.step_loss is not None

@@ -1,6 +1,7 @@
 """The progress bar: loss, throughput, share of the device's peak, time left; plain lines where there is no terminal."""
 
 import time
+from typing import Protocol
 
 import lightning as L
 from rich.console import Console
@@ -8,26 +9,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.step import StepCallback
-from bitnet_train.training.callbacks.validation import Validation
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.config import step_size
+from bitnet_train.training.module import TrainingModule
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class TrainingProgress(StepCallback):
-    """Shows the figures of :class:`TrainingMetrics` and :class:`Validation`."""
+class Validated(Protocol):
+    """What a validation found."""
 
-    def __init__(self, console: Console, metrics: TrainingMetrics, validation: Validation) -> None:
+    @property
+    def loss(self) -> float: ...
+    @property
+    def figure(self) -> str: ...
+    @property
+    def short(self) -> str: ...
+
+
+class Validates(Protocol):
+    """A callback that validates; ``result`` is the last result."""
+
+    @property
+    def result(self) -> Validated | None: ...
+
+
+class TrainingProgress(StepCallback):
+    """Shows the figures of :class:`TrainingMetrics` and the validation."""
+
+    def __init__(self, console: Console, metrics: TrainingMetrics, validation: Validates) -> None:
         self.console, self.metrics, self.validation = console, metrics, validation
+        self.unit = "tokens"
         self._bar: Progress | None = None
-        self._shown: object = None
+        self._shown: Validated | None = None
         self._line_at = 0.0
         self._start = (0, 0.0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        assert isinstance(pl_module, PretrainingModule)
+        assert isinstance(pl_module, TrainingModule)
         self._start = (trainer.global_step, time.monotonic())
+        self.unit = step_size(pl_module.cfg).unit
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -44,15 +65,14 @@ class TrainingProgress(StepCallback):
             )
             self._bar.start()
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         total = module.cfg.trainer.max_steps
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, figures=self._figures())
         if self.validation.result is not None and self.validation.result is not self._shown:
             self._shown = self.validation.result
             self.console.print(
-                f"step {step:>6}/{total}  validation loss {self._shown.loss:.4f}  "
-                f"[bold]{self._shown.bits_per_byte:.4f} bits per byte[/bold]"
+                f"step {step:>6}/{total}  validation loss {self._shown.loss:.4f}  [bold]{self._shown.figure}[/bold]"
             )
         elif self._bar is None and self.metrics.row and time.monotonic() - self._line_at > SECONDS_BETWEEN_LINES:
             self._line_at = time.monotonic()
@@ -67,11 +87,11 @@ class TrainingProgress(StepCallback):
         row = self.metrics.row
         if not row:
             return "starting"
-        parts = [f"loss {row['train/loss']:.4f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+        parts = [f"loss {row['train/loss']:.4f}", f"{row[f'{self.unit}_per_second']:,.0f} {self.unit}/s"]
         if "model_flops_share" in row:
             parts.append(f"{row['model_flops_share']:.1%} of peak")
         if self.validation.result is not None:
-            parts.append(f"val {self.validation.result.bits_per_byte:.3f} bpb")
+            parts.append(f"val {self.validation.result.short}")
         return "  ".join(parts)
 
     def _left(self, step: int, total: int) -> str:

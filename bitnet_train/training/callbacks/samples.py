@@ -9,7 +9,7 @@ from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.evaluation.generate import generate_text
 from bitnet_train.evaluation.sampling import Sampling
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import PretrainingModule, TrainingModule
 
 HEADING = "## Step "
 
@@ -20,7 +20,8 @@ class Samples(StepCallback):
     def __init__(self, clock: TrainingClock, tokenizer: TextTokenizer, path: Path) -> None:
         self.clock, self.tokenizer, self.path = clock, tokenizer, path
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
+        assert isinstance(module, PretrainingModule)
         cfg = module.cfg.samples
         if cfg.prompts and due(step, cfg.every_steps, module.cfg.trainer.max_steps):
             with self.clock.paused():

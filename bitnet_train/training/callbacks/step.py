@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import TrainingModule
 
 
 class StepCallback(L.Callback):
@@ -26,10 +26,10 @@ class StepCallback(L.Callback):
     ) -> None:
         if trainer.global_step != self._seen:
             self._seen = trainer.global_step
-            assert isinstance(pl_module, PretrainingModule)
+            assert isinstance(pl_module, TrainingModule)
             self.on_step_end(trainer, pl_module, self._seen)
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         """Called after optimizer step number ``step`` (counted from 1)."""
 
 

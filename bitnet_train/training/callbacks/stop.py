@@ -8,7 +8,7 @@ import lightning as L
 
 from bitnet_train.training.callbacks.checkpoint import Checkpoints
 from bitnet_train.training.callbacks.step import StepCallback
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import TrainingModule
 
 # Exit codes that shells expect: 128 + signal number.
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -42,7 +42,7 @@ class StopOnSignal(StepCallback):
             raise KeyboardInterrupt
         self.received = number
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         if self.received is None:
             return
         self.checkpoints.save(trainer, module, step)

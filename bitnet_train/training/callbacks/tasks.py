@@ -11,7 +11,7 @@ import torch
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import PretrainingModule, TrainingModule
 
 
 class Tasks(StepCallback):
@@ -20,7 +20,8 @@ class Tasks(StepCallback):
     def __init__(self, clock: TrainingClock, tokenizer: TextTokenizer, path: Path) -> None:
         self.clock, self.tokenizer, self.path = clock, tokenizer, path
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
+        assert isinstance(module, PretrainingModule)
         cfg = module.cfg.evaluate
         if not due(step, cfg.every_steps, module.cfg.trainer.max_steps):
             return

@@ -10,7 +10,7 @@ import numpy as np
 from bitnet_train.evaluation.bits_per_byte import TextLoss, windows_loss
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.datamodule import ShardDataModule
-from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.module import PretrainingModule, TrainingModule
 
 
 class Validation(StepCallback):
@@ -21,7 +21,8 @@ class Validation(StepCallback):
         self.loader = data.validation_loader()
         self.result: TextLoss | None = None
 
-    def on_step_end(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
+        assert isinstance(module, PretrainingModule)
         if not due(step, module.cfg.trainer.validate_every, module.cfg.trainer.max_steps):
             return
         with self.clock.paused():

@@ -1,0 +1,97 @@
+"""What the recipe of an image classifier will cost, from its configuration alone: no torch, no weights, no images.
+
+The memory is what training needs whatever the batch: activations are not counted.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bitnet_train.export.config import ExportDtype
+from bitnet_train.nn.layout import parameter_table, quantised_layers
+from bitnet_train.nn.vision.config import ClassifierConfig
+from bitnet_train.planning.curve import CurvePoint, characteristic_points
+from bitnet_train.planning.flops import image_flops, training_flops_per_image
+from bitnet_train.planning.memory import FLOAT32, TrainingMemory, compute_bytes
+from bitnet_train.planning.parameters import ParameterCounts, count_parameters
+from bitnet_train.planning.sizes import ExportSize, checkpoint_bytes, export_sizes
+from bitnet_train.quant.spec import QuantSpec, build_spec
+from bitnet_train.training.config import BatchPlan, RunConfig, step_plan
+
+
+@dataclass(frozen=True)
+class ImageEstimate:
+    """The figures of one recipe; bytes, operations, steps and images."""
+
+    parameters: ParameterCounts
+    forward_flops: dict[str, float]
+    training_flops_per_image: float
+    batch: BatchPlan
+    steps: int
+    images: int
+    memory: TrainingMemory
+    precision: str
+    checkpoint_bytes: int
+    # What the weights take in several packings; a classifier has no exports.
+    exports: list[ExportSize]
+    export_dtype: str
+    curve: list[CurvePoint]
+
+    @property
+    def forward_flops_per_image(self) -> float:
+        """Operations of one forward pass per image."""
+        return sum(self.forward_flops.values())
+
+    @property
+    def training_flops(self) -> float:
+        """Operations of the whole run, validation not counted."""
+        return self.training_flops_per_image * self.images
+
+    def as_dict(self) -> dict[str, Any]:
+        """For estimate.json: every field, and the sums that are properties."""
+        plain = asdict(self)
+        plain["parameters"] |= {
+            "total": self.parameters.total,
+            "quantised": self.parameters.quantised,
+            "quantised_share": self.parameters.quantised_share,
+        }
+        plain["forward_flops_per_image"] = self.forward_flops_per_image
+        plain["training_flops"] = self.training_flops
+        plain["memory"]["total"] = self.memory.total
+        return plain
+
+
+def estimate_images(cfg: RunConfig, dtype: ExportDtype) -> ImageEstimate:
+    """Everything that can be known about the run of a classifier before it starts."""
+    model, spec, plan = cfg.classifier, build_spec(cfg.quant), step_plan(cfg)
+    return ImageEstimate(
+        parameters=count_parameters(model, spec),
+        forward_flops=image_flops(model),
+        training_flops_per_image=training_flops_per_image(model),
+        batch=plan,
+        steps=cfg.trainer.max_steps,
+        images=cfg.trainer.max_steps * plan.batch_sequences,
+        memory=_memory(model, spec, cfg.trainer.precision),
+        precision=cfg.trainer.precision,
+        checkpoint_bytes=checkpoint_bytes(model),
+        exports=export_sizes(model, spec, dtype),
+        export_dtype=dtype.value,
+        curve=characteristic_points(cfg),
+    )
+
+
+def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str) -> TrainingMemory:
+    """As :func:`bitnet_train.planning.memory.training_memory`, without activations."""
+    counts, compute = count_parameters(cfg, spec), compute_bytes(precision)
+    shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
+    rows = sum(shapes[name][0] for name in quantised_layers(cfg, spec))
+    # Autocast converts the weights of float layers; positions are added as they are.
+    positions = shapes["positions"][0] * shapes["positions"][1] if "positions" in shapes else 0
+    floats = counts.embedding - positions + counts.head + counts.linear.get("float", 0)
+    return TrainingMemory(
+        master_weights=FLOAT32 * counts.total,
+        gradients=FLOAT32 * counts.total,
+        optimizer_state=2 * FLOAT32 * counts.total,
+        code_buffers=counts.quantised + FLOAT32 * rows,
+        compute_copies=0 if compute == FLOAT32 else compute * floats,
+        activations={},
+    )
