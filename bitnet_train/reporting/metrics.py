@@ -34,6 +34,10 @@ class Metrics:
         """The least finite value of a column."""
         return min((v for v in self.series(name)[1] if math.isfinite(v)), default=None)
 
+    def most(self, name: str) -> float | None:
+        """The largest finite value of a column."""
+        return max((v for v in self.series(name)[1] if math.isfinite(v)), default=None)
+
 
 def read_metrics(path: Path) -> Metrics:
     """The columns of a run's metrics.csv. Raises ConfigError when it is missing or unreadable."""

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from bitnet_train.reporting.charts import Chart, svg
 
 # What a page may show; each is left out when it is empty.
-SECTIONS = ("ranking", "exports", "tasks", "samples", "samples_step", "audit", "sessions", "config")
+SECTIONS = ("ranking", "ranked_by", "exports", "tasks", "samples", "samples_step", "audit", "sessions", "config")
 
 
 @cache

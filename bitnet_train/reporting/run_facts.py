@@ -52,15 +52,19 @@ def run_charts(metrics: Metrics) -> list[Chart]:
     span = max(1, len(losses) // 25)
     loss = [Line("training (each logged step)", steps, losses, faint=True)]
     loss.append(Line("training (smoothed)", steps, smoothed(losses, span)))
-    loss.append(Line("held-out text", *metrics.series("val/loss")))
+    on_images = bool(metrics.series("images")[0])
+    held_out, unit = ("held-out images", "image") if on_images else ("held-out text", "token")
+    loss.append(Line(held_out, *metrics.series("val/loss")))
     norm = [Line("gradient norm", *metrics.series("grad_norm")), Line("threshold", *metrics.series("clip_threshold"))]
     charts = [
-        Chart("Loss (nats per token)", [line for line in loss if line.steps]),
+        Chart(f"Loss (nats per {unit})", [line for line in loss if line.steps]),
         Chart("Bits per byte of held-out text", [Line("held-out text", *metrics.series("val/bits_per_byte"))]),
+        Chart("Accuracy on held-out images", [Line("held-out images", *metrics.series("val/accuracy"))]),
         Chart("Learning rate", [Line("lr", *metrics.series("lr"))]),
         Chart("Weight decay", [Line("weight decay", *metrics.series("weight_decay"))]),
         Chart("Gradient norm before clipping", [line for line in norm if line.steps], logarithmic=True),
         Chart("Tokens per second", [Line("tokens/s", *metrics.series("tokens_per_second"))]),
+        Chart("Images per second", [Line("images/s", *metrics.series("images_per_second"))]),
         Chart("Share of codes that are zero", [Line("zeros", *metrics.series("codes/zeros"))]),
         Chart("Share of codes that flip in a step", [Line("flips", *metrics.series("codes/flips"))], logarithmic=True),
         Chart("Share of the device's peak FLOP/s", [Line("share", *metrics.series("model_flops_share"))]),

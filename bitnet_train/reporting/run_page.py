@@ -36,7 +36,7 @@ def run_page(cfg: RunConfig, folder: RunFolder, name: str) -> str:
         name,
         subtitle,
         str(folder.path),
-        run_figures(metrics),
+        run_figures(metrics, read_json_object(folder.path / "evaluation.json", "test")),
         run_charts(metrics),
         exports=[
             (
@@ -58,18 +58,25 @@ def run_page(cfg: RunConfig, folder: RunFolder, name: str) -> str:
     )
 
 
-def run_figures(metrics: Metrics) -> list[tuple[str, str]]:
-    """The few figures at the top of a page or a card."""
+def run_figures(metrics: Metrics, evaluated: dict[str, Any] | None = None) -> list[tuple[str, str]]:
+    """The few figures at the top of a page or a card; ``evaluated`` is what a classifier's test images gave."""
     last_step = max((series[0][-1] for series in metrics.columns.values() if series[0]), default=0)
-    speeds = sorted(metrics.series("tokens_per_second")[1])
+    unit = "images" if metrics.series("images")[0] else "tokens"
+    held_out = "images" if unit == "images" else "text"
+    speeds = sorted(metrics.series(f"{unit}_per_second")[1])
     figures = [
         ("bits per byte of held-out text", number(metrics.last("val/bits_per_byte"))),
-        ("loss on held-out text", number(metrics.last("val/loss"))),
+        (f"loss on held-out {held_out}", number(metrics.last("val/loss"))),
         ("optimizer steps", f"{last_step:,}"),
-        ("tokens seen", number(metrics.last("tokens"), 0)),
-        ("tokens per second (median)", number(speeds[len(speeds) // 2] if speeds else None, 0)),
+        (f"{unit} seen", number(metrics.last(unit), 0)),
+        (f"{unit} per second (median)", number(speeds[len(speeds) // 2] if speeds else None, 0)),
         ("minutes of training", number((metrics.last("elapsed_seconds") or 0) / 60, 1)),
     ]
+    if unit == "images":
+        accuracy = metrics.last("val/accuracy")
+        figures[0] = ("accuracy on held-out images", "-" if accuracy is None else f"{accuracy:.2%}")
+        if evaluated is not None:
+            figures.insert(0, ("accuracy on test images", f"{evaluated['test']['accuracy']:.2%}"))
     zeros = metrics.last("codes/zeros")
     return figures if zeros is None else [*figures, ("codes that are zero", f"{zeros:.1%}")]
 

@@ -18,6 +18,8 @@ OWN = (
 )  # fmt: skip
 # Runs whose curves are drawn; more lines than colours cannot be told apart.
 DRAWN = 8
+# What runs on text are ranked by, what they read, and the figure in words.
+MEASURES_OF_TEXT = ("val/bits_per_byte", "tokens", "bits per byte")
 
 
 def sweep_runs(folder: Path) -> list[Path]:
@@ -38,42 +40,49 @@ def sweep_page(folder: Path) -> str:
             metrics.pop(name, None)  # a job that has not begun
     if not metrics:
         raise ConfigError(f"{folder} holds no run with metrics: train first, or give the folder of a run.")
-    best = {name: found.best("val/bits_per_byte") for name, found in metrics.items()}
-    names = sorted(metrics, key=lambda name: (best[name] is None, best[name] or 0.0, name))
+    on_images = any(found.series("val/accuracy")[0] for found in metrics.values())
+    figure, unit, what = ("val/accuracy", "images", "accuracy") if on_images else MEASURES_OF_TEXT
+    best = {name: found.most(figure) if on_images else found.best(figure) for name, found in metrics.items()}
+    sign = -1.0 if on_images else 1.0
+    names = sorted(metrics, key=lambda name: (best[name] is None, sign * (best[name] or 0.0), name))
     differing = _differing(configs)
     ranking = SimpleNamespace(
-        headings=("", "run", "best bits per byte", "last", "steps", "tokens/s", *differing),
+        headings=("", "run", f"best {what}", "last", "steps", f"{unit}/s", *differing),
         numbers=(0, 2, 3, 4, 5),
         rows=[
             (
                 rank,
                 name,
                 number(best[name]),
-                number(metrics[name].last("val/bits_per_byte")),
+                number(metrics[name].last(figure)),
                 number(_last_step(metrics[name]), 0),
-                number(metrics[name].last("tokens_per_second"), 0),
+                number(metrics[name].last(f"{unit}_per_second"), 0),
                 *(str(configs[name].get(key, "-")) for key in differing),
             )
             for rank, name in enumerate(names, start=1)
         ],
     )
-    figures = [("runs", str(len(names))), ("best bits per byte", number(best[names[0]])), ("best run", names[0])]
+    figures = [("runs", str(len(names))), (f"best {what}", number(best[names[0]])), ("best run", names[0])]
     drawn = f"The curves are those of the best {DRAWN}. " if len(names) > DRAWN else ""
     subtitle = f"{drawn}They differ in {', '.join(differing) or 'nothing but their names'}."
+    ranked_by = f"{what} of held-out {'images (higher' if on_images else 'text (lower'} is better)"
     return render(
-        f"Sweep {folder.name}", subtitle, str(folder), figures, _charts(names[:DRAWN], metrics), ranking=ranking
-    )
+        f"Sweep {folder.name}", subtitle, str(folder), figures, _charts(names[:DRAWN], metrics),
+        ranking=ranking, ranked_by=ranked_by,
+    )  # fmt: skip
 
 
 def _charts(names: list[str], metrics: dict[str, Metrics]) -> list[Chart]:
     charts = []
     for title, column, smooth, logarithmic in (
         ("Bits per byte of held-out text", "val/bits_per_byte", False, False),
+        ("Accuracy on held-out images", "val/accuracy", False, False),
         ("Training loss (smoothed)", "train/loss", True, False),
         ("Gradient norm before clipping (smoothed)", "grad_norm", True, True),
         ("Learning rate", "lr", False, False),
         ("Share of codes that are zero", "codes/zeros", False, False),
         ("Tokens per second", "tokens_per_second", True, False),
+        ("Images per second", "images_per_second", True, False),
     ):
         lines = []
         for name in names:
