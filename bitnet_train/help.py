@@ -15,7 +15,7 @@ Commands (command=...)
   estimate   what a recipe will cost: parameters, operations, memory, sizes, schedule
   export     write a run's checkpoint as the formats that can hold it, and verify each
   verify     reload a run's exports with their real consumers and compare with the run
-  evaluate   loss and bits per byte of a run or an export, on any text
+  evaluate   loss and bits per byte of a run or an export, on any text; accuracy on test images
   generate   let a run or an export continue a prompt
   report     a page about a run, or about all runs of a sweep: curves, samples, exports
   benchmark  time a training step against the dense twin and other libraries
@@ -25,6 +25,7 @@ Examples (each after python -m bitnet_train)
   +recipe=tiny quant=none run_name=dense   the same without quantisation
   -m +recipe=tiny optimizer.lr=2e-3,4e-3   a sweep, each job in its own run folder
   +recipe=2b4t command=estimate            what BitNet b1.58 2B4T takes
+  -m +recipe=digits_vit quant=none,ternary,binary      images: float, ternary and binary
   +recipe=small data=files data.corpus.path=~/texts
   command=export run=runs/tiny
   +recipe=tiny init.from=runs/tiny/export/hf-master run_name=more

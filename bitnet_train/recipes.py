@@ -173,9 +173,10 @@ def check_one_kind(catalogue: Catalogue, jobs: list[dict[str, str]]) -> dict[str
     """The kinds of all jobs of a sweep that Hydra composes. Raises ConfigError when they are not the same."""
     kinds = [chosen_kinds(catalogue, given) for given in jobs]
     if any(other != kinds[0] for other in kinds):
+        found = " and ".join(dict.fromkeys(kind["model"] for kind in kinds))
         raise ConfigError(
-            "hydra/launcher= and hydra/sweeper= take jobs of one kind of model at a time: sweep over language models "
-            "and over image classifiers in two commands."
+            f"hydra/launcher= and hydra/sweeper= take jobs of one kind of model at a time, not {found}: make a command "
+            "for each, or leave them out."
         )
     return kinds[0]
 

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from bitnet_train.config import (
+    KINDS,
     MAY_CHANGE,
     VARIANTS,
     Config,
@@ -44,6 +45,35 @@ def test_a_saved_configuration_reads_back_equal(recipe: str, more: list[str]) ->
 def test_a_saved_configuration_has_no_references_left() -> None:
     assert "${" not in to_yaml(compose_config("+recipe=tiny"))
     assert to_plain(compose_config("+recipe=tiny"))["model"]["vocab"] == 4096
+
+
+def test_a_configuration_of_a_version_without_kinds_reads_back_and_continues() -> None:
+    cfg = compose_config("+recipe=tiny")
+    plain = to_plain(cfg)
+    old = {**plain, **{key: {k: v for k, v in plain[key].items() if k != "name"} for key in KINDS}}
+    assert OmegaConf.to_object(from_plain(old, ORIGIN)) == cfg
+    check_continuation(old, cfg, ORIGIN)
+    with pytest.raises(ConfigError, match=r"with model\.ffn=768"):
+        check_continuation(old, compose_config("+recipe=tiny", "model.ffn=512"), ORIGIN)
+
+
+@pytest.mark.parametrize(("key", "name"), [("model", "decoder"), ("data", "text")])
+def test_a_saved_configuration_of_an_unknown_kind_is_refused(key: str, name: str) -> None:
+    plain = to_plain(compose_config("+recipe=tiny"))
+    assert plain[key]["name"] == name
+    with pytest.raises(ConfigError, match=f"{key}.name is 'sounds'"):
+        from_plain({**plain, key: {**plain[key], "name": "sounds"}}, ORIGIN)
+
+
+def test_the_model_and_the_data_are_of_one_kind() -> None:
+    for choice in ("model=digits_vit", "data=digits"):
+        with pytest.raises(ConfigError, match="data="):
+            compose_config("+recipe=tiny", choice)
+    cfg = compose_config("+recipe=digits_mlp")
+    assert (cfg.classifier.pixels, cfg.images.batch_size) == (64, 64)
+    for name in ("decoder", "text"):
+        with pytest.raises(ConfigError, match="works on"):
+            getattr(cfg, name)
 
 
 def test_overrides_survive_the_round_trip() -> None:
@@ -164,7 +194,8 @@ def uncommented(kind: Any) -> list[str]:
 
 
 def test_options_are_documented_where_they_are_declared() -> None:
-    kinds = dataclasses_below(Config) + [option for options in VARIANTS.values() for option in options.values()]
+    variants = [option for options in (*VARIANTS.values(), *KINDS.values()) for option in options.values()]
+    kinds = dataclasses_below(Config) + [below for option in variants for below in dataclasses_below(option)]
     missing = {field for kind in kinds for field in uncommented(kind)}
     # Explained by their class, by the base class or by the comment on the field before.
     explained = {

@@ -8,6 +8,7 @@ import pytest
 from bitnet_train.config import Config
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.planning.estimate import Estimate, estimate
+from bitnet_train.planning.vision import ImageEstimate, estimate_images
 from bitnet_train.recipes import config_folder
 from bitnet_train.training.schedules.config import TwoStageSchedule
 from tests.composing import RECIPES, compose_config
@@ -18,13 +19,14 @@ def composed(*overrides: str) -> Config:
     return compose_config(*overrides)
 
 
-def figures(*overrides: str) -> Estimate:
+def figures(*overrides: str) -> Estimate | ImageEstimate:
     cfg = composed(*overrides)
-    return estimate(cfg, cfg.export.dtype)
+    return (estimate_images if cfg.on_images else estimate)(cfg, cfg.export.dtype)
 
 
 def test_the_recipes_that_are_promised_exist() -> None:
     assert {"tiny", "small", "llama_cpp_tiny", "125m", "700m", "1_3b", "3b", "2b4t"} <= set(RECIPES)
+    assert {"digits_mlp", "digits_vit", "mnist_mlp", "fashion_mnist_vit", "cifar100_vit"} <= set(RECIPES)
     assert {path.stem for path in config_folder("recipes").glob("*.yaml")} == set(RECIPES)
 
 

@@ -278,7 +278,7 @@ def test_help_is_short_and_lists_the_choices(run: Run, arguments: list[str]) -> 
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert len(lines) <= 64
+    assert len(lines) <= 66
     assert max(map(len, lines)) <= 110
     assert "  schedule               constant, cosine, linear, two_stage, wsd" in lines
     assert "hydra/" not in out

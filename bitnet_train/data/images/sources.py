@@ -153,13 +153,7 @@ def _decoded(table: Any, source: HubSource, cfg: ImageDataConfig) -> ImageSet:
                 f"data.source.path={source.path} has no column '{name}': set data.source.{key} to one of "
                 f"{', '.join(table.column_names)}."
             )
-    try:
-        labels = np.asarray(table[source.label_field][:], dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(
-            f"data.source.label_field={source.label_field} of {source.path} does not hold whole numbers: choose "
-            "another column."
-        ) from None
+    labels = _labels(table, source)
     pixels = np.empty((len(labels), cfg.image_size, cfg.image_size, cfg.channels), dtype=np.uint8)
     for number, image in enumerate(table.select_columns([field])):
         array = _pixels(image[field], cfg.channels)
@@ -171,6 +165,21 @@ def _decoded(table: Any, source: HubSource, cfg: ImageDataConfig) -> ImageSet:
             )
         pixels[number] = array
     return ImageSet(pixels, labels)
+
+
+def _labels(table: Any, source: HubSource) -> np.ndarray:
+    """The classes, int64 (n,). Raises ConfigError for a column of anything else."""
+    try:
+        labels = np.asarray(table.select_columns([source.label_field])[source.label_field][:])
+        whole = labels.ndim == 1 and labels.dtype.kind in "iu"
+    except ValueError:  # lists of different lengths
+        whole = False
+    if not whole:
+        raise ConfigError(
+            f"data.source.label_field={source.label_field} of {source.path} does not hold whole numbers: choose "
+            "another column."
+        )
+    return labels.astype(np.int64)
 
 
 def _pixels(image: Any, channels: int) -> np.ndarray:
