@@ -21,6 +21,8 @@ from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
 from bitnet_train.nn.layout import check_spec
+from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
+from bitnet_train.quant.progress import check_progressive
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
@@ -81,6 +83,7 @@ class Config(RunConfig):
 # Where the configuration has a choice of variants: key -> name -> dataclass. These are Hydra's config groups too.
 VARIANTS: dict[str, dict[str, Any]] = {
     "init": INIT_CONFIGS,
+    "quant.progressive": PROGRESSIVE_CONFIGS,
     "data.corpus": CORPUS_CONFIGS,
     "data.tokenizer": TOKENIZER_CONFIGS,
     "optimizer": OPTIMIZER_CONFIGS,
@@ -90,6 +93,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss": LOSS_CONFIGS,
     "logger": LOGGER_CONFIGS,
 }
+
+# Variants that configurations of older runs lack.
+SINCE_LATER = ("quant.progressive",)
 
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
@@ -117,6 +123,8 @@ def validate(cfg: Config) -> None:
         )
     check_kernels(cfg.kernels)
     check_training(cfg)
+    if cfg.trainer.max_steps:
+        check_progressive(cfg.quant.progressive, spec, cfg.trainer.max_steps)
     check_formats(cfg.export, cfg.model, spec)
     if set(cfg.resume) != {"from"}:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")
@@ -252,6 +260,8 @@ def from_plain(plain: dict[str, Any], origin: Path) -> DictConfig:
     saved = OmegaConf.create(plain)
     for key, options in VARIANTS.items():
         name = OmegaConf.select(saved, f"{key}.name")
+        if name is None and key in SINCE_LATER:
+            continue  # a run from before this choice existed, which is what its default does
         if name is None:
             raise ConfigError(f"{origin} is not the configuration of a run: it has no {key}.name.")
         if name not in options:

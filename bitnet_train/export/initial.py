@@ -17,6 +17,7 @@ from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
 from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
 from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.init import reset_scales
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.quant.weights import Codes, masters_from_codes
@@ -89,7 +90,7 @@ def _from_run(folder: Path, step: str, cfg: DecoderConfig, spec: QuantSpec, sour
         raise ConfigError(f"init.from={source}: the part after @ must be a step number.")
     path = folder / "checkpoints" / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
     canonical = open_checkpoint(path, cfg, spec)
-    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(cfg)}
+    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(cfg)} | canonical.learned
     return InitialWeights(masters, load_tokenizer(folder / "tokenizer"), f"step {canonical.step} of {folder}")
 
 
@@ -159,7 +160,15 @@ def _yaml(value: Any) -> str:
 
 
 def fill_weights(model: torch.nn.Module, masters: dict[str, Tensor]) -> None:
-    """Copy ``masters`` into the parameters of the same names. Raises KeyError when one is missing."""
+    """Copy ``masters`` into the parameters of the same names. Raises KeyError when one is missing.
+
+    Learned scales that ``masters`` lacks start at the statistic of their weights.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(masters[name])
+            if not name.endswith("weight_scale"):
+                parameter.copy_(masters[name])
+        reset_scales(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight_scale") and name in masters:
+                parameter.copy_(masters[name])

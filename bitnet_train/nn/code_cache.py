@@ -47,13 +47,23 @@ class CodeCache:
         self.model = model
         self.statistics: CodeStatistics | None = None
         self._measure_next = False
+        self._find_layers()
+        self._handles: list[Any] = [model.register_load_state_dict_post_hook(_refresh_loaded)]
+        if optimizer is not None:
+            self.attach(optimizer)
+        self.refresh()
+
+    def _find_layers(self) -> None:
+        model = self.model
         self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
         stacked = {id(layer) for shared in self._shared for layer in shared.bit_layers}
         self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
         self._single = [layer for layer in self._layers if id(layer) not in stacked]
-        self._handles: list[Any] = [model.register_load_state_dict_post_hook(_refresh_loaded)]
-        if optimizer is not None:
-            self.attach(optimizer)
+
+    def rebuild(self) -> None:
+        """Derive everything anew after the way in which layers are quantised has changed."""
+        self._forget()
+        self._find_layers()
         self.refresh()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -93,6 +103,9 @@ class CodeCache:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._forget()
+
+    def _forget(self) -> None:
         for layer in self._layers:
             layer.keep(None)
         for shared in self._shared:
@@ -122,10 +135,11 @@ def refresh_layer(layer: BitLinear) -> None:
     """Bring the kept codes of a single layer up to its master weight, in place: compiled graphs hold the buffers."""
     kept = layer.kept
     if kept is None or kept.codes.device != layer.weight.device:
-        layer.keep(layer.choose_backend(layer.weight.device).quantise_weight(_whole(layer.weight), layer.quant))
-    else:
         backend = layer.choose_backend(layer.weight.device)
-        kept.scale.copy_(backend.quantise_weight(_whole(layer.weight), layer.quant, kept.codes).scale)
+        layer.keep(backend.quantise_weight(_whole(layer.weight), layer.quant, scale=layer.weight_scale))
+    else:
+        backend, learned = layer.choose_backend(layer.weight.device), layer.weight_scale
+        kept.scale.copy_(backend.quantise_weight(_whole(layer.weight), layer.quant, kept.codes, scale=learned).scale)
 
 
 def refresh_stack(shared: SharedInput) -> None:
@@ -139,7 +153,7 @@ def refresh_stack(shared: SharedInput) -> None:
         _allocate(shared, device)
     for layer, codes, row_scale, backward in _parts(shared):
         kernels, kept = layer.choose_backend(device), layer.kept
-        fresh = kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward)
+        fresh = kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward, layer.weight_scale)
         if kept is not None and kept.codes.data_ptr() == codes.data_ptr() and kept.codes.device == device:
             kept.scale.copy_(fresh.scale)
         else:
@@ -204,7 +218,7 @@ def pack_kept_codes(model: nn.Module) -> None:
         if not isinstance(shared, SharedInput) or not shared.stackable or shared.kept is None or shared.kept.packed:
             continue
         if shared.bit_layers[0].quant.activation_bits is None or any(
-            layer.weight.numel() for layer in shared.bit_layers
+            layer.weight.numel() or layer.quant.largest_code > 1 for layer in shared.bit_layers
         ):
             continue
         shared.keep(WeightCodes(pack_quarters(shared.kept.codes), shared.kept.row_scale))

@@ -9,10 +9,12 @@ from bitnet_train.errors import ConfigError
 
 
 class Norms(Enum):
-    """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, or ``pre``."""
+    """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, ``pre`` before
+    attention and FFN only, or ``inside``: one in every projection, which nothing shares, and none elsewhere."""
 
     pre_sub = "pre_sub"
     pre = "pre"
+    inside = "inside"
 
 
 class Activation(Enum):
@@ -46,7 +48,8 @@ class DecoderConfig:
     context: int = 1024
     # Rows of the embedding; follows the tokenizer.
     vocab: int = II("data.tokenizer.vocab_size")
-    # RMSNorm placement: pre_sub (BitNet 2B4T and llama.cpp's bitnet) or pre (the llama family, TriLM).
+    # RMSNorm placement: pre_sub (BitNet 2B4T and llama.cpp's bitnet), pre (the llama family, TriLM), or inside (one in
+    # every projection and none before the blocks: "Tips, Code and FAQ", microsoft/unilm).
     norms: Norms = Norms.pre_sub
     # FFN nonlinearity: relu2 (BitNet 2B4T) or silu (llama.cpp's bitnet, the llama family).
     activation: Activation = Activation.relu2
@@ -96,9 +99,10 @@ class InitConfig:
     """Base of the initialisations; every subclass is an option of the ``init`` group."""
 
     name: str = MISSING
-    # What the gains of attn_sub_norm and ffn_sub_norm start at. Behind those norms the branches write to the residual
-    # stream at full strength from the first step, whatever the spread of o_proj and down_proj; a gain below 1 lets the
-    # embedding through. (The other norms' gains start at 1.)
+    # What the gains of attn_sub_norm and ffn_sub_norm start at (with model.norms=inside those of the norms in o_proj
+    # and down_proj). Behind those norms the branches write to the residual stream at full strength from the first step,
+    # whatever the spread of o_proj and down_proj; a gain below 1 lets the embedding through. (The other norms' gains
+    # start at 1.)
     sub_norm_gain: float = 1.0
 
 

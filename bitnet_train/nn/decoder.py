@@ -1,9 +1,10 @@
-"""The decoder-only transformer, in three families that differ by two switches.
+"""The decoder-only transformer, in families that differ by two switches.
 
 - ``norms=pre_sub, activation=relu2``: BitNet b1.58 2B4T (arXiv 2504.12285): RMSNorm before attention and FFN, again
   before o_proj and down_proj, and ``down(ffn_sub_norm(relu(gate)^2 * up))``.
 - ``norms=pre_sub, activation=silu``: the ``bitnet`` architecture of llama.cpp.
 - ``norms=pre, activation=silu``: the llama family, as TriLM and Falcon3-1.58 use it.
+- ``norms=inside``: an RMSNorm in every projection and none before them ("Tips, Code and FAQ", microsoft/unilm).
 
 No biases, rotary positions, grouped-query attention, tied or untied head. The seven projections of a block are
 BitLinear or nn.Linear as the QuantSpec says; embedding, head and norms stay floats. Parameter names are those of
@@ -47,6 +48,36 @@ class LinearFactory:
         )
 
 
+def shared_input(owner: nn.Module, names: tuple[str, ...], norm: RMSNorm | None, cfg: DecoderConfig) -> nn.Module:
+    """The projections ``names`` of a sub-layer, which read one input, behind their common norm; with ``norms=inside``
+    each behind a norm of its own, which becomes the sub-layer's ``<name>_norm``."""
+    layers = [getattr(owner, name) for name in names]
+    if cfg.norms is not Norms.inside:
+        return SharedInput(layers, norm)
+    norms = [RMSNorm(layer.in_features, cfg.norm_eps) for layer in layers]
+    for name, own in zip(names, norms, strict=True):
+        owner.add_module(f"{name}_norm", own)
+    return SeparateInputs([SharedInput((layer,), own) for layer, own in zip(layers, norms, strict=True)])
+
+
+class SeparateInputs(nn.Module):
+    """Projections that read one input, normed and quantised by each for itself."""
+
+    def __init__(self, parts: list[SharedInput]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None = None, gate: Tensor | None = None, activation: str = ""
+    ) -> tuple[list[Tensor], Tensor]:
+        """See :meth:`SharedInput.forward`."""
+        outputs: list[Tensor] = []
+        for part in self.parts:
+            found, x = part(x, delta, gate, activation)
+            outputs, delta = outputs + found, None
+        return outputs, x
+
+
 class Place(NamedTuple):
     """Where the tokens are: rotary tables (tokens, head_dim) or, where sequences begin at different places,
     (batch, 1, tokens, head_dim); and a mask where plain causal attention will not do."""
@@ -59,7 +90,7 @@ class Place(NamedTuple):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions; the norm before it is fused into its input quantiser."""
 
-    def __init__(self, cfg: DecoderConfig, linear: LinearFactory, input_norm: RMSNorm) -> None:
+    def __init__(self, cfg: DecoderConfig, linear: LinearFactory, input_norm: RMSNorm | None) -> None:
         super().__init__()
         self.cfg = cfg
         self.q_proj = linear("self_attn.q_proj")
@@ -68,8 +99,8 @@ class Attention(nn.Module):
         self.o_proj = linear("self_attn.o_proj")
         sub_norm = RMSNorm(cfg.hidden, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
         self.attn_sub_norm = sub_norm
-        self.qkv = SharedInput((self.q_proj, self.k_proj, self.v_proj), input_norm)
-        self.out = SharedInput((self.o_proj,), sub_norm)
+        self.qkv = shared_input(self, ("q_proj", "k_proj", "v_proj"), input_norm, cfg)
+        self.out = shared_input(self, ("o_proj",), sub_norm, cfg)
 
     def forward(
         self, x: Tensor, delta: Tensor | None, place: Place, cache: KVCache | None, layer: int
@@ -96,7 +127,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The gated FFN: ``down(norm(act(gate(x)) * up(x)))``, with the inner norm only in the pre_sub family."""
 
-    def __init__(self, cfg: DecoderConfig, linear: LinearFactory, input_norm: RMSNorm) -> None:
+    def __init__(self, cfg: DecoderConfig, linear: LinearFactory, input_norm: RMSNorm | None) -> None:
         super().__init__()
         self.activation = cfg.activation
         self.gate_proj = linear("mlp.gate_proj")
@@ -104,8 +135,8 @@ class FeedForward(nn.Module):
         self.down_proj = linear("mlp.down_proj")
         sub_norm = RMSNorm(cfg.ffn, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
         self.ffn_sub_norm = sub_norm
-        self.gate_up = SharedInput((self.gate_proj, self.up_proj), input_norm)
-        self.down = SharedInput((self.down_proj,), sub_norm)
+        self.gate_up = shared_input(self, ("gate_proj", "up_proj"), input_norm, cfg)
+        self.down = shared_input(self, ("down_proj",), sub_norm, cfg)
 
     def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """The FFN's result for the stream ``x + delta``, and that stream."""
@@ -123,9 +154,10 @@ class Block(nn.Module):
 
     def __init__(self, cfg: DecoderConfig, linear: LinearFactory) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps)
+        before = cfg.norms is not Norms.inside
+        self.input_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps) if before else None
         self.self_attn = Attention(cfg, linear, self.input_layernorm)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps) if before else None
         self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
 
     def forward(

@@ -59,6 +59,8 @@ def block_linears(cfg: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 def block_norms(cfg: DecoderConfig) -> dict[str, int]:
     """The RMSNorms of one block: name inside the block -> width."""
+    if cfg.norms is Norms.inside:
+        return {f"{name}_norm": shape[1] for name, shape in block_linears(cfg).items()}
     norms = {"input_layernorm": cfg.hidden, "post_attention_layernorm": cfg.hidden}
     if cfg.norms is Norms.pre_sub:
         norms |= {"self_attn.attn_sub_norm": cfg.hidden, "mlp.ffn_sub_norm": cfg.ffn}
@@ -98,3 +100,14 @@ def check_spec(cfg: DecoderConfig, spec: QuantSpec) -> None:
             layer.group_count(linears[name][0])
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+        layer.inputs.check_width(name, linears[name][1])
+
+
+def learned_scales(cfg: DecoderConfig, spec: QuantSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the learned scale of every layer that has one."""
+    linears = {p.layer_name: p.shape for p in parameter_table(cfg)}
+    return {
+        f"{name}.weight_scale": (layer.group_count(linears[name][0]),)
+        for name, layer in quantised_layers(cfg, spec).items()
+        if layer.trainable_scale
+    }

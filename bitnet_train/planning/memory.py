@@ -116,7 +116,7 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
     gate, up, down = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0}
     # A down projection with 8-bit inputs computes its gated input and the codes again from gate and up.
-    fused_gate = quants[down].quantised and quants[down].activation_bits == 8
+    fused_gate = quants[down].quantised and quants[down].inputs.standard
     # (layers that share the input, its width, bytes of its type, norm before it, is it kept by something else already)
     for names, width, size, normed, kept in (
         ((q, k, v), cfg.hidden, residual, True, False),
@@ -144,7 +144,8 @@ def _input_per_token(
     quants: list[LayerQuant], width: int, size: int, normed: bool, kept: bool, compute: int, again: bool
 ) -> dict[str, int]:
     """What the layers reading one input save of it, bytes per token; ``again`` if they compute its codes again."""
-    bits = {quant.activation_bits for quant in quants if quant.quantised}
+    # What is not quantised by the fused kernels keeps about what float inputs keep.
+    bits = {8 if quant.inputs.standard else None for quant in quants if quant.quantised}
     # The float layers share one norm, the weight-only layers another.
     wide = any(not quant.quantised for quant in quants) + (None in bits)
     codes = width + FLOAT32 * (2 if normed else 1) if 8 in bits else 0
@@ -162,7 +163,7 @@ def _input_per_token(
 
 
 def _same_stack(one: LayerQuant, other: LayerQuant) -> bool:
-    return one.quantised and other.quantised and one.activation_bits == other.activation_bits
+    return one.quantised and other.quantised and one.inputs == other.inputs
 
 
 def _stack(quants: dict[str, LayerQuant], outs: dict[str, int], name: str, group: tuple[str, ...]) -> int:

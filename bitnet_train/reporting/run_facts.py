@@ -36,7 +36,7 @@ def audit_rows(cfg: DecoderConfig, spec: QuantSpec) -> list[AuditRow]:
         if parameter.role is Role.linear:
             layer = spec.for_layer(parameter.layer_name)
             if layer.quantised:
-                inputs = "8-bit" if layer.activation_bits else "float"
+                inputs = f"{layer.activation_bits}-bit" if layer.activation_bits else "float"
                 groups = layer.group_count(parameter.shape[0])
                 kept = f"{layer.scheme}, {groups} scale{'' if groups == 1 else 's'}, {inputs} inputs"
         what = {Role.linear: parameter.layer_name.rpartition(".")[2]}.get(parameter.role, parameter.role.value)

@@ -22,12 +22,13 @@ from bitnet_train.kernels.backend import choose_backend
 from bitnet_train.nn.audit import audit
 from bitnet_train.nn.config import initial_source
 from bitnet_train.nn.init import build_decoder
-from bitnet_train.nn.layout import parameter_table
+from bitnet_train.nn.layout import learned_scales, parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
+from bitnet_train.training.callbacks.quantisation import Quantisation
 from bitnet_train.training.callbacks.samples import Samples, cut_samples
 from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
@@ -68,6 +69,7 @@ def check_start(path: Path, cfg: RunConfig, manifest: Manifest) -> int:
             f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
         ) from None
     wanted = {f"decoder.{p.name}": p.shape for p in parameter_table(cfg.model)}
+    wanted |= {f"decoder.{n}": shape for n, shape in learned_scales(cfg.model, build_spec(cfg.quant)).items()}
     saved = {name: shape for name, shape in saved.items() if name.startswith("decoder.")}
     wrong = next((name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)), None)
     if wrong is not None:
@@ -116,6 +118,8 @@ def train(
         fill_weights(decoder, initial.masters)
         console.print(f"init: {initial.description}", markup=False)
     counts = audit(decoder)
+    quantisation = Quantisation(cfg, decoder)
+    quantisation.set(first)
     console.print(f"model: {counts.sentence()}")
     for line in (*choices.sentences(), f"kernels: {kernels.backend.name} ({kernels.reason})"):
         console.print(line, markup=False)
@@ -181,6 +185,7 @@ def train(
         # Behind the checkpoint: what other people's tasks may raise costs no step.
         Tasks(clock, tokenizer, folder.evaluations_file),
         stop,
+        quantisation,
     ]
     with _quiet_lightning():
         trainer = L.Trainer(
