@@ -15,6 +15,8 @@ STATES = 3
 # 3^5 = 243 fits into a byte: 1.6 bits per code, the densest whole-byte packing of ternary codes.
 TERNARY_PER_BYTE = 5
 BINARY_PER_BYTE = 8
+# Bits that a symmetric code takes: those of its kind, in whole codes to a byte.
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def checkpoint_bytes(cfg: DecoderConfig) -> int:
@@ -42,7 +44,9 @@ def export_sizes(cfg: DecoderConfig, spec: QuantSpec, dtype: ExportDtype) -> lis
     layers = quantised_layers(cfg, spec)
     schemes = {layer.scheme for layer in layers.values()}
     packings: dict[str, dict[str, int]] = {}
-    if schemes:
+    if schemes == {"symmetric"}:
+        packings["codes of their bits"] = {"symmetric": 1}
+    elif schemes:
         packings["2 bits per code"] = dict.fromkeys(schemes, CODES_PER_BYTE)
         if "ternary" in schemes:
             packings["five codes a byte"] = {"ternary": TERNARY_PER_BYTE, "binary": CODES_PER_BYTE}
@@ -58,7 +62,8 @@ def _size(packing: str, per_byte: dict[str, int], cfg: DecoderConfig, spec: Quan
     for parameter in parameter_table(cfg):
         layer = layers.get(parameter.layer_name)
         if layer is not None:
-            body += -(-parameter.size // per_byte[layer.scheme]) + FLOAT32 * layer.group_count(parameter.shape[0])
+            codes = 8 // STORED_BITS[layer.bits] if layer.bits else per_byte[layer.scheme]
+            body += -(-parameter.size // codes) + FLOAT32 * layer.group_count(parameter.shape[0])
         elif parameter.role in (Role.embedding, Role.head):
             embeddings += size * parameter.size
         else:
