@@ -260,6 +260,16 @@ class SharedInput(nn.Module):
         return shared_input_forward(x, delta, self.layers, self.norm_ref[0], self.kept, gate, activation)
 
 
+def quantiser_input(module: SharedInput, options: dict[str, Any], returned: tuple[list[Tensor], Tensor]) -> Tensor:
+    """What the quantiser of ``module`` was given in a call with keywords ``options`` that returned ``returned``: the
+    gated or summed input behind the norm, float32 (..., K). For forward hooks: the fused forward keeps none of it."""
+    _, x = returned
+    if options:
+        x = gated(options["gate"], x, options["activation"])
+    norm = module.norm_ref[0]
+    return x.float() if norm is None else rms_norm(x, norm.weight, norm.eps)[0]
+
+
 def wide_enough(gate: Tensor, activation: str) -> None:
     """Raises ValueError when squared ReLU of ``gate`` would overflow its float16."""
     if activation == "relu2" and gate.dtype is torch.float16:

@@ -20,19 +20,30 @@ from bitnet_train.quant.weights import Codes
 
 @dataclass
 class CodeStatistics:
-    """Counts over all quantised layers at one refresh; tensors, so that nothing waits for the device."""
+    """Counts per quantised layer at one refresh, int64 (layers,); tensors, so that nothing waits for the device."""
 
     zeros: Tensor
     flips: Tensor
-    total: int
+    # Codes of each layer, by name.
+    sizes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Codes of all layers."""
+        return sum(self.sizes.values())
 
     def zero_share(self) -> float:
         """Share of the codes that are zero."""
-        return float(self.zeros) / self.total
+        return float(self.zeros.sum()) / self.total
 
     def flip_rate(self) -> float:
         """Share of the codes that the last refresh changed."""
-        return float(self.flips) / self.total
+        return float(self.flips.sum()) / self.total
+
+    def by_layer(self) -> dict[str, tuple[float, float]]:
+        """Share of zeros and of changed codes of every layer."""
+        parts = zip(self.sizes.items(), self.zeros.tolist(), self.flips.tolist(), strict=True)
+        return {name: (zeros / size, flips / size) for (name, size), zeros, flips in parts}
 
 
 class CodeCache:
@@ -57,7 +68,9 @@ class CodeCache:
         model = self.model
         self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
         stacked = {id(layer) for shared in self._shared for layer in shared.bit_layers}
-        self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
+        named = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+        self._layers = list(named.values())
+        self._sizes = {name: layer.in_features * layer.out_features for name, layer in named.items()}
         self._single = [layer for layer in self._layers if id(layer) not in stacked]
 
     def rebuild(self) -> None:
@@ -77,22 +90,19 @@ class CodeCache:
         """Derive all codes from the master weights; with ``measure`` also count zeros and flips into ``statistics``."""
         measure = measure or self._measure_next
         self._measure_next = False
-        zeros: list[Tensor] = []
-        flips: list[Tensor] = []
+        before = {id(layer): layer.codes.clone() for layer in self._layers if measure and layer.codes is not None}
         modules: list[SharedInput | BitLinear] = [*self._shared, *self._single]
         for module in modules:
-            before = module.codes.clone() if measure and module.codes is not None else None
             refresh(module)
-            codes = module.codes
-            assert codes is not None
-            if measure:
-                zeros.append(codes.eq(0).sum())
-                if before is not None:
-                    flips.append(codes.ne(before.to(codes.device)).sum())
-        if measure and zeros:
-            none = torch.zeros_like(zeros[0])
-            total = sum(layer.weight.numel() for layer in self._layers)
-            self.statistics = CodeStatistics(sum(zeros, none), sum(flips, none), total)
+        if not measure or not self._layers:
+            return
+        zeros, flips = [], []
+        for layer in self._layers:
+            assert layer.codes is not None
+            old = before.get(id(layer), layer.codes)
+            zeros.append(layer.codes.eq(0).sum())
+            flips.append(layer.codes.ne(old.to(layer.codes.device)).sum())
+        self.statistics = CodeStatistics(torch.stack(zeros), torch.stack(flips), self._sizes)
 
     def measure_next(self) -> None:
         """Count zeros and flips in the next refresh (one pass over the codes, so not in every step)."""

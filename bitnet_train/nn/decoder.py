@@ -73,7 +73,7 @@ class SeparateInputs(nn.Module):
         """See :meth:`SharedInput.forward`."""
         outputs: list[Tensor] = []
         for part in self.parts:
-            found, x = part(x, delta, gate, activation)
+            found, x = part(x, delta) if gate is None else part(x, gate=gate, activation=activation)
             outputs, delta = outputs + found, None
         return outputs, x
 

@@ -6,6 +6,7 @@ from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
 from bitnet_train.training.optimizers.config import check_optimizer
 from bitnet_train.training.schedules.factors import check_schedule
+from bitnet_train.training.telemetry.config import check_telemetry
 
 
 def check_training(cfg: RunConfig) -> None:
@@ -13,6 +14,7 @@ def check_training(cfg: RunConfig) -> None:
     check_trainer(cfg)
     check_optimizer(cfg.optimizer)
     check_clip(cfg.clip)
+    check_telemetry(cfg.telemetry)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)

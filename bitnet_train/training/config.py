@@ -16,6 +16,7 @@ from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 from bitnet_train.training.schedules.config import ConstantSchedule, LinearSchedule, ScheduleConfig
+from bitnet_train.training.telemetry.config import TelemetryConfig
 
 
 class Accelerator(Enum):
@@ -105,6 +106,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Texts written on the way.
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    # What is watched in every layer.
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     # Where metrics go beside metrics.csv.
     logger: LoggerConfig = field(default_factory=CsvLogger)
     # What evaluate measures, and what is measured on the way.

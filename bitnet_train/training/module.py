@@ -34,9 +34,10 @@ class PretrainingModule(L.LightningModule):
         self.clip_result: ClipResult | None = None
         self.code_cache: CodeCache | None = None
         self._losses: list[Tensor] = []
-        self._compute: Callable[[Tensor], Tensor] = torch.compile(self._batch_loss) if compiled else self._batch_loss
+        self._compute: Callable[[Tensor], Tensor] = torch.compile(self.batch_loss) if compiled else self.batch_loss
 
-    def _batch_loss(self, ids: Tensor) -> Tensor:
+    def batch_loss(self, ids: Tensor) -> Tensor:
+        """The loss of a micro-batch ids (batch, tokens + 1), not compiled."""
         return next_token_loss(self.decoder, self.loss, ids, self.bos_id)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

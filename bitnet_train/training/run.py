@@ -44,6 +44,7 @@ from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
 from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.telemetry.layers import LayerTelemetry, cut_layers
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def train(
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
     loggers = _loggers(cfg, folder, run_name, first, console)
+    cut_layers(folder.layers_file, first)
     cut_samples(folder.samples_file, first)
     cut_evaluations(folder.evaluations_file, first)
     remembered["micro_batch"] = plan.micro_batch
@@ -179,6 +181,7 @@ def train(
     callbacks: list[L.Callback] = [
         metrics,
         validation,
+        LayerTelemetry(clock, folder.layers_file, console),
         Samples(clock, tokenizer, folder.samples_file),
         TrainingProgress(console, metrics, validation),
         checkpoints,

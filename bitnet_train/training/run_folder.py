@@ -22,6 +22,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.provenance_file = path / "provenance.json"
         self.metrics_file = path / "metrics.csv"
+        self.layers_file = path / "layers.csv"
         self.samples_file = path / "samples.md"
         self.evaluations_file = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
