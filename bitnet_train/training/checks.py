@@ -5,7 +5,7 @@ from bitnet_train.nn.config import initial_source
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
 from bitnet_train.training.optimizers.config import check_optimizer
-from bitnet_train.training.schedules.factors import check_schedule
+from bitnet_train.training.schedules.checks import check_schedule
 
 
 def check_training(cfg: RunConfig) -> None:
