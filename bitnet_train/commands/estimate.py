@@ -11,6 +11,7 @@ from bitnet_train.data.prepare import prepared
 from bitnet_train.errors import ConfigError
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
+from bitnet_train.training.optimizers.config import MuonConfig
 from bitnet_train.training.run_folder import write_atomically
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -33,7 +34,7 @@ def run(cfg: Config) -> int:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another with paths.runs=.") from None
     console.print(f"Estimate of {cfg.run_name}, from the configuration alone")
     work = _work(figures, cfg, tokens, remark)
-    for table in (_parameters(figures), work, _memory(figures), _disk(figures), _curve(figures)):
+    for table in (_parameters(figures), work, _memory(figures, cfg), _disk(figures, cfg), _curve(figures)):
         console.print()
         console.print(table)
     console.print(f"{folder / 'schedule.png'} and {folder / 'estimate.json'}")
@@ -101,7 +102,7 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     return table
 
 
-def _memory(figures: Estimate) -> Table:
+def _memory(figures: Estimate, cfg: Config) -> Table:
     memory = figures.memory
     precision = "auto, counted as bf16-mixed" if figures.precision == "auto" else figures.precision
     title = f"Training memory (an estimate; eager, micro-batch {figures.batch.micro_batch}, {precision})"
@@ -109,7 +110,7 @@ def _memory(figures: Estimate) -> Table:
     for name, value in (
         ("master weights (float32)", memory.master_weights),
         ("gradients (float32)", memory.gradients),
-        ("optimizer state (2 moments, float32)", memory.optimizer_state),
+        (f"optimizer state ({_moments(cfg)}, float32)", memory.optimizer_state),
         ("code buffers (int8 codes, row scales)", memory.code_buffers),
         ("float weights in the compute type", memory.compute_copies),
         *((f"activations: {name}", value) for name, value in memory.activations.items()),
@@ -120,12 +121,16 @@ def _memory(figures: Estimate) -> Table:
     return table
 
 
-def _disk(figures: Estimate) -> Table:
+def _moments(cfg: Config) -> str:
+    return "1 moment of the blocks' matrices, 2 of the rest" if isinstance(cfg.optimizer, MuonConfig) else "2 moments"
+
+
+def _disk(figures: Estimate, cfg: Config) -> Table:
     title = f"On disk (tensors that are no codes in {figures.export_dtype})"
     table = _table(title, "file", "without embeddings", "whole")
     for size in figures.exports:
         table.add_row(f"export, {size.packing}", human(size.without_embeddings), human(size.total))
-    table.add_row("checkpoint (weights, 2 moments)", "", human(figures.checkpoint_bytes))
+    table.add_row(f"checkpoint (weights, {_moments(cfg)})", "", human(figures.checkpoint_bytes))
     return table
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.training.config import RunConfig
-from bitnet_train.training.schedules.config import ScheduleConfig, TwoStageSchedule, WsdSchedule
-from bitnet_train.training.schedules.factors import as_steps, learning_rate, weight_decay
+from bitnet_train.training.rates import rates
+from bitnet_train.training.schedules.config import InverseSqrtSchedule, ScheduleConfig, TwoStageSchedule, WsdSchedule
+from bitnet_train.training.schedules.factors import as_steps, stage_borders
 
 POINTS = 1000
 
@@ -21,15 +22,6 @@ class CurvePoint:
     weight_decay: float
 
 
-def rates(cfg: RunConfig, step: int) -> tuple[float, float]:
-    """Learning rate and weight decay of update ``step``."""
-    total = cfg.trainer.max_steps
-    return (
-        learning_rate(cfg.schedule, cfg.optimizer.lr, step, total),
-        weight_decay(cfg.schedule, cfg.weight_decay_schedule, cfg.optimizer.weight_decay, step, total),
-    )
-
-
 def characteristic_points(cfg: RunConfig) -> list[CurvePoint]:
     """First and last step, end of warm-up, both sides of every stage border, and the quarters between."""
     total = cfg.trainer.max_steps
@@ -40,19 +32,17 @@ def characteristic_points(cfg: RunConfig) -> list[CurvePoint]:
     for quarter in (1, 2, 3):
         what.setdefault(quarter * total // 4, f"{quarter}/4 of the run" if quarter != 2 else "half of the run")
     what[total - 1] = "last step"
-    return [CurvePoint(step, what[step], *rates(cfg, step)) for step in sorted(what) if 0 <= step < total]
+    kept = [(step, rates(cfg, step)) for step in sorted(what) if 0 <= step < total]
+    return [CurvePoint(step, what[step], at.lr, at.weight_decay) for step, at in kept]
 
 
 def _events(schedule: ScheduleConfig, total: int) -> list[tuple[int, str]]:
     warm = as_steps(schedule.warmup, total)
     events = [(warm - 1, "end of warm-up")] if warm else []
-    if isinstance(schedule, WsdSchedule):
+    if isinstance(schedule, WsdSchedule | InverseSqrtSchedule) and schedule.decay:
         events.append((total - as_steps(schedule.decay, total), "decay begins"))
     if isinstance(schedule, TwoStageSchedule):
-        passed = 0.0
-        for number, stage in enumerate(schedule.stages[:-1], start=1):
-            passed += stage.share
-            border = round(passed * total)
+        for number, border in enumerate(stage_borders(schedule, total)[:-1], start=1):
             events += [(border - 1, f"end of stage {number}"), (border, f"stage {number + 1} begins")]
     return events
 
@@ -65,7 +55,8 @@ def draw(cfg: RunConfig, title: str, file: Path) -> None:
     total = cfg.trainer.max_steps
     marked = {point.step for point in characteristic_points(cfg)}
     steps = sorted(marked | {i * (total - 1) // POINTS for i in range(POINTS + 1)})
-    curves = list(zip(*(rates(cfg, step) for step in steps), strict=True))
+    points = [rates(cfg, step) for step in steps]
+    curves = ([at.lr for at in points], [at.weight_decay for at in points])
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)

@@ -2,6 +2,7 @@
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
+from bitnet_train.nn.layout import parameter_table
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
 from bitnet_train.training.optimizers.config import check_optimizer
@@ -11,7 +12,7 @@ from bitnet_train.training.schedules.checks import check_schedule
 def check_training(cfg: RunConfig) -> None:
     """Raises ConfigError for training settings that are out of range or do not fit together."""
     check_trainer(cfg)
-    check_optimizer(cfg.optimizer)
+    check_optimizer(cfg.optimizer, parameter_table(cfg.model))
     check_clip(cfg.clip)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule

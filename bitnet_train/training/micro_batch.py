@@ -269,7 +269,8 @@ def _estimated(cfg: RunConfig, sizes: list[int], choices: Choices) -> MicroBatch
 
 
 def _planned(cfg: RunConfig, size: int, precision: str) -> int:
-    memory = training_memory(cfg.model, build_spec(cfg.quant), size, cfg.data.sequence_length, precision)
+    spec, length = build_spec(cfg.quant), cfg.data.sequence_length
+    memory = training_memory(cfg.model, spec, size, length, precision, cfg.optimizer)
     return memory.total - memory.master_weights
 
 

@@ -8,6 +8,7 @@ import lightning as L
 from bitnet_train.errors import DivergedError
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.rates import rates
 
 
 class TrainingMetrics(StepCallback):
@@ -41,7 +42,7 @@ class TrainingMetrics(StepCallback):
             return
         assert module.step_loss is not None
         assert module.clip_result is not None
-        group = next(g for g in trainer.optimizers[0].param_groups if g["decays"])
+        at = rates(module.cfg, step - 1)
         loss, norm = float(module.step_loss), float(module.clip_result.norm)
         now = self.clock.seconds()
         tokens = module.cfg.trainer.batch_tokens
@@ -50,8 +51,8 @@ class TrainingMetrics(StepCallback):
         self.row = {
             "tokens": step * tokens,
             "train/loss": loss,
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
+            "lr": at.lr,
+            "weight_decay": at.weight_decay,
             "grad_norm": norm,
             "clip_threshold": float(module.clip_result.threshold),
             "tokens_per_second": round(rate, 1),
