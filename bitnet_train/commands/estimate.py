@@ -26,7 +26,8 @@ def run(cfg: Config) -> int:
     tokens, remark = training_tokens(cfg)
     folder = Path(cfg.paths.runs) / cfg.run_name / "estimate"
     try:
-        draw(cfg, f"{cfg.run_name}: learning rate and weight decay", folder / "schedule.png")
+        batch = ", batch" if cfg.trainer.batch_warmup else ""
+        draw(cfg, f"{cfg.run_name}: learning rate, weight decay{batch}", folder / "schedule.png")
         content = figures.as_dict()
         content |= {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
         write_atomically(folder / "estimate.json", json.dumps(content, indent=1) + "\n")
@@ -93,6 +94,8 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     table.add_row("training, whole run", f"{figures.training_flops:.3g}")
     table.add_row("steps", f"{figures.steps:,}")
     table.add_row("tokens per step", f"{cfg.trainer.batch_tokens:,}")
+    if plan.warmup:
+        table.add_row("  before", plan.warmup_text(cfg.data.sequence_length))
     cut = f"{plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length:,}"
     table.add_row("  as micro-batches", cut)
     if figures.batch_assumption is not None:
@@ -135,8 +138,10 @@ def _disk(figures: Estimate, cfg: Config) -> Table:
 
 
 def _curve(figures: Estimate) -> Table:
-    table = _table("Schedule", "step", "", "learning rate", "weight decay")
+    warmup = figures.batch.warmup
+    table = _table("Schedule", "step", "", "learning rate", "weight decay", *(["tokens"] if warmup else []))
     table.columns[0].justify, table.columns[1].justify = "right", "left"
     for point in figures.curve:
-        table.add_row(f"{point.step:,}", point.what, f"{point.lr:.3g}", f"{point.weight_decay:.3g}")
+        tokens = [f"{point.tokens:,}"] if warmup else []
+        table.add_row(f"{point.step:,}", point.what, f"{point.lr:.3g}", f"{point.weight_decay:.3g}", *tokens)
     return table

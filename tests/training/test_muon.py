@@ -14,8 +14,8 @@ from bitnet_train.nn.config import DecoderConfig, NormalInit
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import QuantSpec
 from bitnet_train.quant.weights import quantise_weight
-from bitnet_train.training.micro_batch import optimizer_bytes
 from bitnet_train.training.config import RunConfig
+from bitnet_train.training.micro_batch import optimizer_bytes
 from bitnet_train.training.optimizers.build import build_optimizer, set_rates
 from bitnet_train.training.optimizers.config import AdamWConfig, AdjustLr, GroupConfig, MuonConfig, OptimizerConfig
 from bitnet_train.training.optimizers.joined import JoinedOptimizer
