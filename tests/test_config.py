@@ -143,7 +143,9 @@ def test_every_field_is_known_to_the_suggestions() -> None:
 
 def test_unknown_keys_are_answered_by_what_is_near() -> None:
     assert "'optimizer.lr'" in unknown_key("optimiser.lr")
-    assert "schedule=wsd has warmup, decay, shape, final" in unknown_key("schedule.dekay", WsdSchedule)
+    assert "schedule=wsd has warmup, warmup_start, warmup_shape, decay, shape, final" in unknown_key(
+        "schedule.dekay", WsdSchedule
+    )
     assert "Did you mean" not in unknown_key("xyzzy")
 
 

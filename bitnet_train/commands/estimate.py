@@ -11,6 +11,7 @@ from bitnet_train.data.prepare import prepared
 from bitnet_train.errors import ConfigError
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
+from bitnet_train.training.optimizers.config import MuonConfig
 from bitnet_train.training.run_folder import write_atomically
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -25,7 +26,8 @@ def run(cfg: Config) -> int:
     tokens, remark = training_tokens(cfg)
     folder = Path(cfg.paths.runs) / cfg.run_name / "estimate"
     try:
-        draw(cfg, f"{cfg.run_name}: learning rate and weight decay", folder / "schedule.png")
+        batch = ", batch" if cfg.trainer.batch_warmup else ""
+        draw(cfg, f"{cfg.run_name}: learning rate, weight decay{batch}", folder / "schedule.png")
         content = figures.as_dict()
         content |= {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
         write_atomically(folder / "estimate.json", json.dumps(content, indent=1) + "\n")
@@ -33,7 +35,7 @@ def run(cfg: Config) -> int:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another with paths.runs=.") from None
     console.print(f"Estimate of {cfg.run_name}, from the configuration alone")
     work = _work(figures, cfg, tokens, remark)
-    for table in (_parameters(figures), work, _memory(figures), _disk(figures), _curve(figures)):
+    for table in (_parameters(figures), work, _memory(figures, cfg), _disk(figures, cfg), _curve(figures)):
         console.print()
         console.print(table)
     console.print(f"{folder / 'schedule.png'} and {folder / 'estimate.json'}")
@@ -92,6 +94,8 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     table.add_row("training, whole run", f"{figures.training_flops:.3g}")
     table.add_row("steps", f"{figures.steps:,}")
     table.add_row("tokens per step", f"{cfg.trainer.batch_tokens:,}")
+    if plan.warmup:
+        table.add_row("  before", plan.warmup_text(cfg.data.sequence_length))
     cut = f"{plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length:,}"
     table.add_row("  as micro-batches", cut)
     if figures.batch_assumption is not None:
@@ -101,7 +105,7 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     return table
 
 
-def _memory(figures: Estimate) -> Table:
+def _memory(figures: Estimate, cfg: Config) -> Table:
     memory = figures.memory
     precision = "auto, counted as bf16-mixed" if figures.precision == "auto" else figures.precision
     title = f"Training memory (an estimate; eager, micro-batch {figures.batch.micro_batch}, {precision})"
@@ -109,7 +113,7 @@ def _memory(figures: Estimate) -> Table:
     for name, value in (
         ("master weights (float32)", memory.master_weights),
         ("gradients (float32)", memory.gradients),
-        ("optimizer state (2 moments, float32)", memory.optimizer_state),
+        (f"optimizer state ({_moments(cfg)}, float32)", memory.optimizer_state),
         ("code buffers (int8 codes, row scales)", memory.code_buffers),
         ("float weights in the compute type", memory.compute_copies),
         *((f"activations: {name}", value) for name, value in memory.activations.items()),
@@ -120,18 +124,24 @@ def _memory(figures: Estimate) -> Table:
     return table
 
 
-def _disk(figures: Estimate) -> Table:
+def _moments(cfg: Config) -> str:
+    return "1 moment of the blocks' matrices, 2 of the rest" if isinstance(cfg.optimizer, MuonConfig) else "2 moments"
+
+
+def _disk(figures: Estimate, cfg: Config) -> Table:
     title = f"On disk (tensors that are no codes in {figures.export_dtype})"
     table = _table(title, "file", "without embeddings", "whole")
     for size in figures.exports:
         table.add_row(f"export, {size.packing}", human(size.without_embeddings), human(size.total))
-    table.add_row("checkpoint (weights, 2 moments)", "", human(figures.checkpoint_bytes))
+    table.add_row(f"checkpoint (weights, {_moments(cfg)})", "", human(figures.checkpoint_bytes))
     return table
 
 
 def _curve(figures: Estimate) -> Table:
-    table = _table("Schedule", "step", "", "learning rate", "weight decay")
+    warmup = figures.batch.warmup
+    table = _table("Schedule", "step", "", "learning rate", "weight decay", *(["tokens"] if warmup else []))
     table.columns[0].justify, table.columns[1].justify = "right", "left"
     for point in figures.curve:
-        table.add_row(f"{point.step:,}", point.what, f"{point.lr:.3g}", f"{point.weight_decay:.3g}")
+        tokens = [f"{point.tokens:,}"] if warmup else []
+        table.add_row(f"{point.step:,}", point.what, f"{point.lr:.3g}", f"{point.weight_decay:.3g}", *tokens)
     return table

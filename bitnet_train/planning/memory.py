@@ -1,6 +1,6 @@
 """Memory of a training step by component, from the shapes alone.
 
-An estimate for eager execution with AdamW: it adds up what is alive when the backward pass begins, exactly as the
+An estimate for eager execution: it adds up what is alive when the backward pass begins, exactly as the
 modules save it, and leaves out the temporaries of a single operation, the allocator's slack and the CUDA context.
 ``torch.compile`` fuses and recomputes, so it needs less. Activations are counted for the tokens of one micro-batch
 (micro_batch * sequence_length). With c the bytes of the compute type (bf16-mixed 2, 32-true 4; ``auto`` is counted as
@@ -11,7 +11,7 @@ component              bytes
 =====================  ===============================================================================================
 master weights         4 per parameter
 gradients              4 per parameter
-optimizer state        8 per parameter (two moments in float32)
+optimizer state        8 per parameter (two moments in float32); under Muon 4 per parameter of the blocks' matrices
 code buffers           1 per quantised parameter, 4 per quantised row
 compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)
 quantised inputs       int8 codes, and 8 per token for scale and 1/rms: for q, k, v, for gate and up, for o;
@@ -31,9 +31,11 @@ from dataclasses import dataclass
 
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
 from bitnet_train.nn.layout import block_linears, quantised_layers
+from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 from bitnet_train.training.chunks import chunk_tokens
+from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
 FLOAT32 = 4
 
@@ -62,15 +64,20 @@ def compute_bytes(precision: str) -> int:
 
 
 def training_memory(
-    cfg: DecoderConfig, spec: QuantSpec, micro_batch: int, sequence_length: int, precision: str
+    cfg: DecoderConfig,
+    spec: QuantSpec,
+    micro_batch: int,
+    sequence_length: int,
+    precision: str,
+    optimizer: OptimizerConfig | None = None,
 ) -> TrainingMemory:
-    """Bytes that training needs; see the table above."""
+    """Bytes that training needs (with AdamW if no ``optimizer`` is given); see the table above."""
     counts = count_parameters(cfg, spec)
     compute = compute_bytes(precision)
     return TrainingMemory(
         master_weights=FLOAT32 * counts.total,
         gradients=FLOAT32 * counts.total,
-        optimizer_state=2 * FLOAT32 * counts.total,
+        optimizer_state=optimizer_state(optimizer or AdamWConfig(), cfg).bytes,
         code_buffers=_code_buffers(cfg, spec, counts),
         compute_copies=_compute_copies(cfg, counts, compute),
         activations=_activations(cfg, spec, micro_batch * sequence_length, compute),

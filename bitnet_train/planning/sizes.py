@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.nn.config import DecoderConfig
 from bitnet_train.nn.layout import Role, parameter_table, quantised_layers
+from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
+from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
 FLOAT32 = 4
 # torch.save's zip entry, name and padding included, for one tensor of a checkpoint (measured).
 ENTRY_BYTES = 320
-# What AdamW saves per parameter beside the weight: two moments and the step.
-STATES = 3
 # 3^5 = 243 fits into a byte: 1.6 bits per code, the densest whole-byte packing of ternary codes.
 TERNARY_PER_BYTE = 5
 BINARY_PER_BYTE = 8
@@ -19,10 +19,12 @@ BINARY_PER_BYTE = 8
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
-def checkpoint_bytes(cfg: DecoderConfig) -> int:
-    """Size of a training checkpoint: float32 weights and two moments, and the file's entries."""
+def checkpoint_bytes(cfg: DecoderConfig, optimizer: OptimizerConfig | None = None) -> int:
+    """Size of a training checkpoint: float32 weights and the optimizer's state (AdamW's if none is given), and the
+    file's entries."""
     table = parameter_table(cfg)
-    return 3 * FLOAT32 * sum(p.size for p in table) + ENTRY_BYTES * (1 + STATES) * len(table)
+    state = optimizer_state(optimizer or AdamWConfig(), cfg)
+    return FLOAT32 * sum(p.size for p in table) + state.bytes + ENTRY_BYTES * (len(table) + state.tensors)
 
 
 @dataclass(frozen=True)

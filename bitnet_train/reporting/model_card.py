@@ -158,9 +158,10 @@ def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
     git, versions = last.get("git") or {}, last.get("versions", {})
     hardware = last.get("hardware", {})
     corpus = getattr(cfg.data.corpus, "name", "-")
+    tokens = f"{'up to ' if cfg.trainer.batch_warmup else ''}{cfg.trainer.batch_tokens:,}"
     return [
         ("data", f"{corpus}, sequences of {cfg.data.sequence_length} tokens"),
-        ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {cfg.trainer.batch_tokens:,} tokens each"),
+        ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {tokens} tokens each"),
         ("optimizer", f"{cfg.optimizer.name}, peak learning rate {cfg.optimizer.lr:g}, schedule {cfg.schedule.name}"),
         ("bits per byte of held-out text", number(metrics.last("val/bits_per_byte"))),
         ("held-out loss", number(metrics.last("val/loss"))),

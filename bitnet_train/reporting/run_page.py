@@ -29,7 +29,7 @@ def run_page(cfg: RunConfig, folder: RunFolder, name: str) -> str:
     total = sum(row.parameters for row in rows)
     subtitle = (
         f"{total:,} parameters, {quantised:.1%} of them quantised; {cfg.trainer.max_steps:,} steps of "
-        f"{cfg.trainer.batch_tokens:,} tokens."
+        f"{'up to ' if cfg.trainer.batch_warmup else ''}{cfg.trainer.batch_tokens:,} tokens."
     )
     return render(
         name,

@@ -2,17 +2,18 @@
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
+from bitnet_train.nn.layout import parameter_table
 from bitnet_train.training.clipping.config import check_clip
-from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
+from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, micro_batches
 from bitnet_train.training.optimizers.config import check_optimizer
-from bitnet_train.training.schedules.factors import check_schedule
+from bitnet_train.training.schedules.checks import check_schedule
 from bitnet_train.training.telemetry.config import check_telemetry
 
 
 def check_training(cfg: RunConfig) -> None:
     """Raises ConfigError for training settings that are out of range or do not fit together."""
     check_trainer(cfg)
-    check_optimizer(cfg.optimizer)
+    check_optimizer(cfg.optimizer, parameter_table(cfg.model))
     check_clip(cfg.clip)
     check_telemetry(cfg.telemetry)
     if cfg.trainer.max_steps == 0:
@@ -49,7 +50,7 @@ def check_trainer(cfg: RunConfig) -> None:
     if cfg.samples.max_new_tokens < 1 or cfg.samples.temperature < 0:
         raise ConfigError("samples.max_new_tokens must be at least 1 and samples.temperature at least 0.")
     if trainer.micro_batch == "auto":
-        step_sequences(trainer, cfg.data.sequence_length)
+        micro_batches(trainer, cfg.data.sequence_length)
     elif isinstance(trainer.micro_batch, str):
         raise ConfigError(
             f"trainer.micro_batch={trainer.micro_batch} is unknown: use a number of sequences, null or auto."

@@ -11,6 +11,7 @@ from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.kernels.config import KernelConfig
 from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
 from bitnet_train.quant.config import QuantConfig
+from bitnet_train.training.batch_warmup import BatchPlan, BatchStage, BatchStageConfig, batch_stages, even_cuts
 from bitnet_train.training.clipping.config import ClipConfig, NormClip
 from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
@@ -37,6 +38,9 @@ class TrainerConfig:
     max_steps: int = 500
     # Tokens per optimizer step, over all micro-batches.
     batch_tokens: int = 4096
+    # Smaller batches before: a list of {until: step or share, tokens: N}, rising. Default none. The micro-batches of a
+    # step stay as many and shrink, and torch.compile compiles once for each size.
+    batch_warmup: list[BatchStageConfig] = field(default_factory=list)
     # Sequences per forward and backward: a number; null for the whole step at once; or auto, the largest number that
     # divides the step and fits into memory, measured before training starts. Smaller means gradient accumulation.
     micro_batch: Union[int, str, None] = None  # noqa: UP007
@@ -114,15 +118,6 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the tokens of a step are cut: sequences per step, sequences per forward, forwards per step."""
-
-    batch_sequences: int
-    micro_batch: int
-    accumulation: int
-
-
 def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
     """Sequences per optimizer step. Raises ConfigError when data.sequence_length does not divide the step's tokens."""
     sequences, rest = divmod(trainer.batch_tokens, sequence_length)
@@ -132,6 +127,16 @@ def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
             f"use {max(1, round(trainer.batch_tokens / sequence_length)) * sequence_length}."
         )
     return sequences
+
+
+def micro_batches(trainer: TrainerConfig, sequence_length: int) -> list[int]:
+    """Every micro-batch, ascending, that cuts each step into equal parts, those of trainer.batch_warmup included."""
+    sequences = step_sequences(trainer, sequence_length)
+    return even_cuts(sequences, _stages(trainer, sequence_length))
+
+
+def _stages(trainer: TrainerConfig, sequence_length: int) -> tuple[BatchStage, ...]:
+    return batch_stages(trainer.batch_warmup, trainer.max_steps, trainer.batch_tokens, sequence_length)
 
 
 def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
@@ -150,4 +155,13 @@ def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
             f"trainer.micro_batch={micro} does not divide the {sequences} sequences of a step "
             "(trainer.batch_tokens / data.sequence_length)."
         )
-    return BatchPlan(sequences, micro, sequences // micro)
+    accumulation, warmup = sequences // micro, _stages(trainer, sequence_length)
+    for number, stage in enumerate(warmup):
+        if stage.sequences % accumulation:
+            cuts = ", ".join(map(str, even_cuts(sequences, warmup)))
+            raise ConfigError(
+                f"trainer.batch_warmup[{number}] has {stage.sequences} sequences, which the {accumulation} "
+                f"micro-batches of a step cannot share evenly: use a multiple of {accumulation * sequence_length} "
+                f"tokens, or a trainer.micro_batch of {cuts}."
+            )
+    return BatchPlan(sequences, micro, accumulation, warmup)

@@ -13,6 +13,7 @@ from bitnet_train.data.sampler import ConsumedBatchSampler
 from bitnet_train.data.shards import Manifest, TokenArray
 from bitnet_train.data.windows import Windows
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.batch_warmup import BatchPlan
 
 VALIDATION_TOKENS_PER_BATCH = 8192
 
@@ -32,17 +33,13 @@ class ShardDataModule(L.LightningDataModule):
     Args:
         cfg: the data settings.
         folder: the shard folder, with its manifest.
-        batch_sequences: sequences per optimizer step.
-        micro_batch: sequences per forward.
+        plan: sequences per optimizer step and per forward.
         seed: chooses the order of the windows.
     """
 
-    def __init__(
-        self, cfg: DataConfig, folder: Path, manifest: Manifest, batch_sequences: int, micro_batch: int, seed: int
-    ) -> None:
+    def __init__(self, cfg: DataConfig, folder: Path, manifest: Manifest, plan: BatchPlan, seed: int) -> None:
         super().__init__()
-        self.cfg, self.manifest, self.seed = cfg, manifest, seed
-        self.batch_sequences, self.micro_batch = batch_sequences, micro_batch
+        self.cfg, self.manifest, self.plan, self.seed = cfg, manifest, plan, seed
         self.consumed = self._first_step = 0
         self.train_windows = Windows(TokenArray(folder, manifest, "train"), cfg.sequence_length)
         self.val_windows = Windows(
@@ -55,7 +52,10 @@ class ShardDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        sampler = ConsumedBatchSampler(len(self.train_windows), self.micro_batch, self.seed, self.consumed)
+        early = self.plan.early_batches(self._first_step)
+        sampler = ConsumedBatchSampler(
+            len(self.train_windows), self.plan.micro_batch, self.seed, self.consumed, early=early
+        )
         return DataLoader(
             self.train_windows,
             batch_sampler=sampler,
@@ -82,7 +82,7 @@ class ShardDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         # Counted from where this process started: a fork may have begun with another batch.
         step = self.trainer.global_step if self.trainer is not None else self._first_step
-        consumed = self.consumed + (step - self._first_step) * self.batch_sequences
+        consumed = self.consumed + self.plan.consumed(step) - self.plan.consumed(self._first_step)
         return {"step": step, "consumed": consumed, "fingerprint": self.manifest.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

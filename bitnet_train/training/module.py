@@ -34,7 +34,11 @@ class PretrainingModule(L.LightningModule):
         self.clip_result: ClipResult | None = None
         self.code_cache: CodeCache | None = None
         self._losses: list[Tensor] = []
-        self._compute: Callable[[Tensor], Tensor] = torch.compile(self.batch_loss) if compiled else self.batch_loss
+        # A graph for each size of a batch warm-up: one for changing sizes would compute otherwise in a continued run.
+        dynamic = False if cfg.trainer.batch_warmup else None
+        self._compute: Callable[[Tensor], Tensor] = (
+            torch.compile(self.batch_loss, dynamic=dynamic) if compiled else self.batch_loss
+        )
 
     def batch_loss(self, ids: Tensor) -> Tensor:
         """The loss of a micro-batch ids (batch, tokens + 1), not compiled."""

@@ -157,11 +157,13 @@ def train(
         remembered["micro_batch_search"] = found.as_dict()
         cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
-    epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
+    data = ShardDataModule(cfg.data, shards, manifest, plan, cfg.seed)
+    epochs = plan.consumed(cfg.trainer.max_steps) / len(data.train_windows)
+    early = f" after a warm-up of {plan.warmup_text(cfg.data.sequence_length)}" if plan.warmup else ""
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
-        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), {epochs:.2f} epochs",
+        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}){early}, "
+        f"{epochs:.2f} epochs",
         markup=False,
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)

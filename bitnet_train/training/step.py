@@ -8,7 +8,7 @@ from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.losses.cross_entropy import Loss
 from bitnet_train.training.optimizers.build import set_rates
-from bitnet_train.training.schedules.factors import learning_rate, weight_decay
+from bitnet_train.training.rates import rates
 
 
 def next_token_loss(decoder: Decoder, loss: Loss, ids: Tensor, bos_id: int | None) -> Tensor:
@@ -23,7 +23,5 @@ def next_token_loss(decoder: Decoder, loss: Loss, ids: Tensor, bos_id: int | Non
 
 def set_step_rates(optimizer: torch.optim.Optimizer, cfg: RunConfig, step: int) -> None:
     """Learning rate and weight decay of optimizer step ``step`` (from 0), by the schedules of ``cfg``."""
-    total = cfg.trainer.max_steps
-    lr = learning_rate(cfg.schedule, cfg.optimizer.lr, step, total)
-    decay = weight_decay(cfg.schedule, cfg.weight_decay_schedule, cfg.optimizer.weight_decay, step, total)
-    set_rates(optimizer, lr, decay)
+    at = rates(cfg, step)
+    set_rates(optimizer, at.lr, at.weight_decay)

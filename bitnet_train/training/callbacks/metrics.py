@@ -7,7 +7,9 @@ import lightning as L
 
 from bitnet_train.errors import DivergedError
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.config import batch_plan
 from bitnet_train.training.module import PretrainingModule
+from bitnet_train.training.rates import rates
 
 
 class TrainingMetrics(StepCallback):
@@ -41,17 +43,19 @@ class TrainingMetrics(StepCallback):
             return
         assert module.step_loss is not None
         assert module.clip_result is not None
-        group = next(g for g in trainer.optimizers[0].param_groups if g["decays"])
+        at = rates(module.cfg, step - 1)
         loss, norm = float(module.step_loss), float(module.clip_result.norm)
         now = self.clock.seconds()
-        tokens = module.cfg.trainer.batch_tokens
-        rate = (step - self._last_step) * tokens / max(now - self._last_seconds, 1e-9)
+        length = module.cfg.data.sequence_length
+        plan = batch_plan(module.cfg.trainer, length)
+        tokens = plan.consumed(step) * length
+        rate = (tokens - plan.consumed(self._last_step) * length) / max(now - self._last_seconds, 1e-9)
         self._last_seconds, self._last_step = now, step
         self.row = {
-            "tokens": step * tokens,
+            "tokens": tokens,
             "train/loss": loss,
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
+            "lr": at.lr,
+            "weight_decay": at.weight_decay,
             "grad_norm": norm,
             "clip_threshold": float(module.clip_result.threshold),
             "tokens_per_second": round(rate, 1),
