@@ -2,6 +2,7 @@
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
+from bitnet_train.nn.layout import parameter_table
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
 from bitnet_train.training.optimizers.config import check_optimizer
@@ -12,7 +13,7 @@ def check_training(cfg: RunConfig) -> None:
     """Raises ConfigError for training settings that are out of range or do not fit together."""
     check_trainer(cfg)
     check_optimizer(cfg.optimizer)
-    check_clip(cfg.clip)
+    check_clip(cfg.clip, [p.name for p in parameter_table(cfg.model)], cfg.trainer.max_steps)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)
