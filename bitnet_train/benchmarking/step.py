@@ -49,7 +49,7 @@ class TrainingStep:
         self.plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
         self.decoder = contender.decoder().to(self.device)
         self.optimizer = build_optimizer(cfg.optimizer, self.decoder)
-        self.clip = build_clip(cfg.clip).to(self.device)
+        self.clip = build_clip(cfg.clip, cfg.trainer.max_steps).to(self.device)
         self.cache = CodeCache(self.decoder, self.optimizer)
         self._compute = self._batch_loss()
 
@@ -76,8 +76,9 @@ class TrainingStep:
                 loss = self._compute(batch)
             losses.append(loss.detach())
             (loss / self.plan.accumulation).backward()
-        set_step_rates(self.optimizer, cfg, min(step, cfg.trainer.max_steps - 1))
-        self.clip.clip(self.decoder.parameters())
+        step = min(step, cfg.trainer.max_steps - 1)
+        set_step_rates(self.optimizer, cfg, step)
+        self.clip.clip(self.decoder.named_parameters(), step)
         self.optimizer.step()
         return torch.stack(losses).mean()
 

@@ -54,12 +54,13 @@ def run_charts(metrics: Metrics) -> list[Chart]:
     loss.append(Line("training (smoothed)", steps, smoothed(losses, span)))
     loss.append(Line("held-out text", *metrics.series("val/loss")))
     norm = [Line("gradient norm", *metrics.series("grad_norm")), Line("threshold", *metrics.series("clip_threshold"))]
+    norm.append(Line("after clipping", *metrics.series("grad_norm_clipped"), faint=True))
     charts = [
         Chart("Loss (nats per token)", [line for line in loss if line.steps]),
         Chart("Bits per byte of held-out text", [Line("held-out text", *metrics.series("val/bits_per_byte"))]),
         Chart("Learning rate", [Line("lr", *metrics.series("lr"))]),
         Chart("Weight decay", [Line("weight decay", *metrics.series("weight_decay"))]),
-        Chart("Gradient norm before clipping", [line for line in norm if line.steps], logarithmic=True),
+        Chart("Gradient norm before and after clipping", [line for line in norm if line.steps], logarithmic=True),
         Chart("Tokens per second", [Line("tokens/s", *metrics.series("tokens_per_second"))]),
         Chart("Share of codes that are zero", [Line("zeros", *metrics.series("codes/zeros"))]),
         Chart("Share of codes that flip in a step", [Line("flips", *metrics.series("codes/flips"))], logarithmic=True),

@@ -13,8 +13,9 @@ from bitnet_train.training.telemetry.config import check_telemetry
 def check_training(cfg: RunConfig) -> None:
     """Raises ConfigError for training settings that are out of range or do not fit together."""
     check_trainer(cfg)
-    check_optimizer(cfg.optimizer, parameter_table(cfg.model))
-    check_clip(cfg.clip)
+    parameters = parameter_table(cfg.model)
+    check_optimizer(cfg.optimizer, parameters)
+    check_clip(cfg.clip, [p.name for p in parameters], cfg.trainer.max_steps)
     check_telemetry(cfg.telemetry)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule

@@ -27,7 +27,7 @@ class PretrainingModule(L.LightningModule):
         super().__init__()
         self.cfg = cfg
         self.decoder = decoder
-        self.clip_rule = build_clip(cfg.clip)
+        self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
         self.bos_id = bos_id if cfg.data.attend_within_documents else None
         self.loss = build_loss(cfg.loss)
         self.step_loss: Tensor | None = None
@@ -82,6 +82,6 @@ class PretrainingModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""
         set_step_rates(getattr(optimizer, "optimizer", optimizer), self.cfg, self.global_step)
-        self.clip_result = self.clip_rule.clip(self.decoder.parameters())
+        self.clip_result = self.clip_rule.clip(self.decoder.named_parameters(), self.global_step)
         self.step_loss = torch.stack(self._losses).mean()
         self._losses = []

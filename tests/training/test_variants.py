@@ -36,6 +36,10 @@ VARIANTS = [
     "schedule=two_stage schedule.stages=[{share:0.5,final:0.5},{share:0.5,lr:0.3,weight_decay:0.0}]",
     "clip=percentile clip.min_history=2",
     "clip=none",
+    "clip=scheduled clip.steps=4",
+    "clip=zscore clip.warmup=2",
+    "clip=adaptive",
+    'clip=by_pattern clip.rules=[{pattern:"*",clip:{name:norm}},{pattern:"*proj*",clip:{name:zscore,warmup:2}}]',
     "init=normal init.sub_norm_gain=1.0",
     "kernels.backend=reference",
 ]

@@ -58,6 +58,7 @@ class TrainingMetrics(StepCallback):
             "weight_decay": at.weight_decay,
             "grad_norm": norm,
             "clip_threshold": float(module.clip_result.threshold),
+            "grad_norm_clipped": float(module.clip_result.clipped),
             "tokens_per_second": round(rate, 1),
             "elapsed_seconds": round(now, 2),
         }
