@@ -50,6 +50,7 @@ class TrainingMetrics(StepCallback):
         self.row = {
             "tokens": step * tokens,
             "train/loss": loss,
+            **{name: float(value) for name, value in module.step_parts.items()},
             "lr": group["lr"],
             "weight_decay": group["weight_decay"],
             "grad_norm": norm,

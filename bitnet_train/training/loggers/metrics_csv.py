@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 COLUMNS = (
     "step", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "lr", "weight_decay", "grad_norm",
     "clip_threshold", "tokens_per_second", "model_flops_share", "codes/zeros", "codes/flips", "elapsed_seconds",
+    "loss/total", "loss/z", "loss/distillation", "loss/regulariser",
 )  # fmt: skip
 
 
