@@ -28,8 +28,9 @@ from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.loggers.config import LOGGER_CONFIGS
-from bitnet_train.training.losses.config import LOSS_CONFIGS
+from bitnet_train.training.losses.config import LOSS_CONFIGS, DistillationLoss
 from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
+from bitnet_train.training.regularisers.config import REGULARISER_CONFIGS
 from bitnet_train.training.schedules.config import SCHEDULE_CONFIGS
 
 
@@ -91,6 +92,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weight_decay_schedule": SCHEDULE_CONFIGS,
     "clip": CLIP_CONFIGS,
     "loss": LOSS_CONFIGS,
+    "regulariser": REGULARISER_CONFIGS,
     "logger": LOGGER_CONFIGS,
 }
 
@@ -146,6 +148,8 @@ def check_benchmarked(cfg: Config) -> None:
             f"command=benchmark needs one micro-batch for everything it compares, not trainer.micro_batch="
             f"{cfg.trainer.micro_batch}: give a number, or null for the whole step at once."
         )
+    if isinstance(cfg.loss, DistillationLoss):
+        raise ConfigError("command=benchmark times steps without a teacher: add loss=cross_entropy.")
     for variant in cfg.benchmark.variants:
         with_overrides(cfg, variant.overrides, f"benchmark.variants, {variant.name}")
 

@@ -18,8 +18,9 @@ from bitnet_train.benchmarking.contenders import Contender
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.training.clipping.rules import build_clip
 from bitnet_train.training.config import batch_plan
-from bitnet_train.training.losses.cross_entropy import build_loss
+from bitnet_train.training.losses.build import build_loss
 from bitnet_train.training.optimizers.build import build_optimizer
+from bitnet_train.training.regularisers.penalties import build_regulariser
 from bitnet_train.training.step import next_token_loss, set_step_rates
 
 _NUMBERS = itertools.count()
@@ -51,6 +52,7 @@ class TrainingStep:
         self.optimizer = build_optimizer(cfg.optimizer, self.decoder)
         self.clip = build_clip(cfg.clip, cfg.trainer.max_steps).to(self.device)
         self.cache = CodeCache(self.decoder, self.optimizer)
+        self.regulariser = build_regulariser(cfg.regulariser, self.decoder, cfg.trainer.max_steps)
         self._compute = self._batch_loss()
 
     @property
@@ -78,6 +80,8 @@ class TrainingStep:
             (loss / self.plan.accumulation).backward()
         step = min(step, cfg.trainer.max_steps - 1)
         set_step_rates(self.optimizer, cfg, step)
+        if self.regulariser is not None:
+            self.regulariser.add_gradients(step)
         self.clip.clip(self.decoder.named_parameters(), step)
         self.optimizer.step()
         return torch.stack(losses).mean()
@@ -94,11 +98,15 @@ class TrainingStep:
         return nullcontext()
 
     def _batch_loss(self) -> Callable[[Tensor], Tensor]:
-        cfg, decoder, loss = self.contender.cfg, self.decoder, build_loss(self.contender.cfg.loss)
+        cfg, decoder, loss = (
+            self.contender.cfg,
+            self.decoder,
+            build_loss(self.contender.cfg.loss, self.contender.cfg.model),
+        )
         bos = 0 if cfg.data.attend_within_documents else None
 
         def batch_loss(ids: Tensor) -> Tensor:
-            return next_token_loss(decoder, loss, ids, bos)
+            return next_token_loss(decoder, loss, ids, bos).total
 
         return compiled_alone(batch_loss, self.contender.name) if self.contender.compiled else batch_loss
 

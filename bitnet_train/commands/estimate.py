@@ -11,6 +11,7 @@ from bitnet_train.data.prepare import prepared
 from bitnet_train.errors import ConfigError
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
+from bitnet_train.training.losses.config import DistillationLoss
 from bitnet_train.training.optimizers.config import MuonConfig
 from bitnet_train.training.run_folder import write_atomically
 
@@ -38,6 +39,8 @@ def run(cfg: Config) -> int:
     for table in (_parameters(figures), work, _memory(figures, cfg), _disk(figures, cfg), _curve(figures)):
         console.print()
         console.print(table)
+    if isinstance(cfg.loss, DistillationLoss):
+        console.print(f"Not counted: the teacher {cfg.loss.teacher}, its weights and its forward passes.", markup=False)
     console.print(f"{folder / 'schedule.png'} and {folder / 'estimate.json'}")
     return 0
 

@@ -13,6 +13,7 @@ from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
+from bitnet_train.training.losses.config import DistillationLoss
 from bitnet_train.training.run_folder import RunFolder
 
 
@@ -29,7 +30,8 @@ def run(cfg: Config) -> int:
         _check_same_fork(saved, cfg, folder)
     if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
         raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
-    # Weights that do not fit are found before anything is prepared.
+    # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
+    _check_teacher(cfg)
     initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
     shards, manifest = ensure_prepared(cfg, console)
 
@@ -73,6 +75,13 @@ def _initial_weights(cfg: Config) -> Any:
     from bitnet_train.export.initial import read_initial
 
     return read_initial(source, cfg.model, build_spec(cfg.quant))
+
+
+def _check_teacher(cfg: Config) -> None:
+    if isinstance(cfg.loss, DistillationLoss) and cfg.trainer.max_steps > 0:
+        from bitnet_train.training.teachers.source import find_teacher
+
+        find_teacher(cfg)
 
 
 def _check_same_fork(saved: dict[str, Any], cfg: Config, folder: RunFolder) -> None:

@@ -67,13 +67,13 @@ def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWei
     return InitialWeights(masters, read_tokenizer(folder), f"{what} of {folder}")
 
 
-def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer) -> None:
-    """Raises ConfigError when token ids mean something else in the run than in the weights it starts from."""
+def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer, key: str = "init.from") -> None:
+    """Raises ConfigError when token ids mean something else in the run than in the weights that ``key`` names."""
     same = theirs.tokenizer.get_vocab() == ours.tokenizer.get_vocab()
     if not same or (theirs.bos_id, theirs.eos_id) != (ours.bos_id, ours.eos_id):
         bos, eos = (theirs.tokenizer.id_to_token(index) for index in (theirs.bos_id, theirs.eos_id))
         raise ConfigError(
-            f"init.from={source} was trained with another tokenizer: use its own, with data/tokenizer=pretrained "
+            f"{key}={source} was trained with another tokenizer: use its own, with data/tokenizer=pretrained "
             f"data.tokenizer.source=FOLDER (one with its tokenizer.json) data.tokenizer.bos='{bos}' "
             f"data.tokenizer.eos='{eos}' data.tokenizer.vocab_size={theirs.vocab_size}."
         )

@@ -22,6 +22,7 @@ from bitnet_train.kernels.backend import Backend
 from bitnet_train.kernels.op import compute_dtype
 from bitnet_train.nn.attention import attention
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, wide_enough
+from bitnet_train.nn.collector import Collector, Projections
 from bitnet_train.nn.config import DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.kv_cache import KVCache
 from bitnet_train.nn.layout import block_linears, check_spec
@@ -103,11 +104,19 @@ class Attention(nn.Module):
         self.out = shared_input(self, ("o_proj",), sub_norm, cfg)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, place: Place, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        place: Place,
+        cache: KVCache | None,
+        layer: int,
+        collector: Collector | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention's result for the stream ``x + delta``, and that stream."""
         batch, tokens, _ = x.shape
         parts, stream = self.qkv(x, delta)
+        if collector is not None and layer in collector.projections_of:
+            collector.projections[layer] = Projections(*parts)
         q, k, v = (
             part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in parts
         )  # each (batch, heads, tokens, head_dim)
@@ -161,10 +170,16 @@ class Block(nn.Module):
         self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, place: Place, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        place: Place,
+        cache: KVCache | None,
+        layer: int,
+        collector: Collector | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream before this block's FFN, and the FFN's result that the next reader adds to it."""
-        attended, x = self.self_attn(x, delta, place, cache, layer)
+        attended, x = self.self_attn(x, delta, place, cache, layer, collector)
         result, x = self.mlp(x, attended)
         return x, result
 
@@ -200,11 +215,18 @@ class Decoder(nn.Module):
         """The output head's weight (vocab, hidden): the embedding's when tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden_states(self, ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        collector: Collector | None = None,
+    ) -> Tensor:
         """ids (batch, tokens) -> final normed states (batch, tokens, hidden).
 
         ``documents`` (batch, tokens) numbers the document of each token and keeps attention inside documents.
-        ``cache`` supplies past tokens and receives the new ones; not together with ``documents``.
+        ``cache`` supplies past tokens and receives the new ones; not together with ``documents``. ``collector``
+        receives what it asks for of the blocks' insides.
         """
         tokens = ids.shape[1]
         start = cache.length if cache is not None else 0
@@ -214,7 +236,9 @@ class Decoder(nn.Module):
         x: Tensor = self.embed_tokens(ids).to(self.residual_dtype)
         delta: Tensor | None = None
         for i, block in enumerate(self.layers):
-            x, delta = block(x, delta, place, cache, i)
+            x, delta = block(x, delta, place, cache, i, collector)
+            if collector is not None and i in collector.streams_of:
+                collector.streams[i] = residual_sum(x, delta)
         if cache is not None:
             cache.length += tokens
         return self.norm(residual_sum(x, delta))

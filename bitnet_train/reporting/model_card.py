@@ -15,6 +15,8 @@ from bitnet_train.reporting.metrics import Metrics, read_metrics
 from bitnet_train.reporting.page import megabytes, number
 from bitnet_train.reporting.run_facts import audit_rows, read_json_object
 from bitnet_train.training.config import RunConfig
+from bitnet_train.training.losses.config import DistillationLoss
+from bitnet_train.training.regularisers.config import NoRegulariser
 from bitnet_train.training.run_folder import RunFolder
 
 CARD, CURVE = "README.md", "curve.png"
@@ -163,6 +165,7 @@ def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
         ("data", f"{corpus}, sequences of {cfg.data.sequence_length} tokens"),
         ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {tokens} tokens each"),
         ("optimizer", f"{cfg.optimizer.name}, peak learning rate {cfg.optimizer.lr:g}, schedule {cfg.schedule.name}"),
+        *_objective(cfg),
         ("bits per byte of held-out text", number(metrics.last("val/bits_per_byte"))),
         ("held-out loss", number(metrics.last("val/loss"))),
         ("model", f"{cfg.model.layers} layers, hidden {cfg.model.hidden}, {cfg.model.heads} heads "
@@ -172,6 +175,15 @@ def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
         ("software", f"bitnet_train {versions.get('bitnet_train', '-')} ({git.get('commit', 'a release')[:12]}), "
                      f"torch {versions.get('torch', '-')}"),
     ]  # fmt: skip
+
+
+def _objective(cfg: RunConfig) -> list[tuple[str, str]]:
+    """What was minimised, where it was more than the cross-entropy."""
+    loss, regulariser = cfg.loss, cfg.regulariser
+    taught = f"distilled from {loss.teacher}" if isinstance(loss, DistillationLoss) else ""
+    penalty = "" if isinstance(regulariser, NoRegulariser) else f"regulariser {regulariser.name}"
+    more = [part for part in (taught, penalty) if part]
+    return [("loss", ", ".join(["cross-entropy", *more]))] if more else []
 
 
 def _size(facts: CardFacts) -> list[tuple[str, str]]:

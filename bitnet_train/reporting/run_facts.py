@@ -53,10 +53,12 @@ def run_charts(metrics: Metrics) -> list[Chart]:
     loss = [Line("training (each logged step)", steps, losses, faint=True)]
     loss.append(Line("training (smoothed)", steps, smoothed(losses, span)))
     loss.append(Line("held-out text", *metrics.series("val/loss")))
+    parts = [Line(name, *metrics.series(f"loss/{name}")) for name in ("total", "z", "distillation", "regulariser")]
     norm = [Line("gradient norm", *metrics.series("grad_norm")), Line("threshold", *metrics.series("clip_threshold"))]
     norm.append(Line("after clipping", *metrics.series("grad_norm_clipped"), faint=True))
     charts = [
         Chart("Loss (nats per token)", [line for line in loss if line.steps]),
+        Chart("Parts of the loss beside the cross-entropy, and all of it", [line for line in parts if line.steps]),
         Chart("Bits per byte of held-out text", [Line("held-out text", *metrics.series("val/bits_per_byte"))]),
         Chart("Learning rate", [Line("lr", *metrics.series("lr"))]),
         Chart("Weight decay", [Line("weight decay", *metrics.series("weight_decay"))]),

@@ -3,9 +3,12 @@
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
 from bitnet_train.nn.layout import parameter_table
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, micro_batches
+from bitnet_train.training.losses.config import check_loss
 from bitnet_train.training.optimizers.config import check_optimizer
+from bitnet_train.training.regularisers.config import check_regulariser
 from bitnet_train.training.schedules.checks import check_schedule
 from bitnet_train.training.telemetry.config import check_telemetry
 
@@ -17,9 +20,11 @@ def check_training(cfg: RunConfig) -> None:
     check_optimizer(cfg.optimizer, parameters)
     check_clip(cfg.clip, [p.name for p in parameters], cfg.trainer.max_steps)
     check_telemetry(cfg.telemetry)
+    check_loss(cfg.loss, cfg.model)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)
+    check_regulariser(cfg.regulariser, cfg.model, build_spec(cfg.quant), cfg.trainer.max_steps)
     check_schedule(cfg.weight_decay_schedule, cfg.trainer.max_steps, "weight_decay_schedule")
 
 

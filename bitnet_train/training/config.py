@@ -1,5 +1,5 @@
-"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``loss``, ``trainer``,
-``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
+"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``loss``,
+``regulariser``, ``trainer``, ``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,6 +16,7 @@ from bitnet_train.training.clipping.config import ClipConfig, NormClip
 from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
+from bitnet_train.training.regularisers.config import NoRegulariser, RegulariserConfig
 from bitnet_train.training.schedules.config import ConstantSchedule, LinearSchedule, ScheduleConfig
 from bitnet_train.training.telemetry.config import TelemetryConfig
 
@@ -104,6 +105,8 @@ class RunConfig:
     clip: ClipConfig = field(default_factory=NormClip)
     # What is minimised.
     loss: LossConfig = field(default_factory=CrossEntropyLoss)
+    # A penalty on the weights that is added to it.
+    regulariser: RegulariserConfig = field(default_factory=NoRegulariser)
     # Steps, batches, precision and hardware.
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     # When to save.

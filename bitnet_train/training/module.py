@@ -7,47 +7,75 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from bitnet_train.data.windows import document_numbers
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, batch_plan
-from bitnet_train.training.losses.cross_entropy import build_loss
+from bitnet_train.training.losses.build import build_loss
+from bitnet_train.training.losses.config import CrossEntropyLoss, Reduction
+from bitnet_train.training.losses.parts import LossParts, Taught
 from bitnet_train.training.optimizers.build import build_optimizer
+from bitnet_train.training.regularisers.penalties import build_regulariser
 from bitnet_train.training.step import next_token_loss, set_step_rates
+from bitnet_train.training.teachers.resume import TEACHER
+from bitnet_train.training.teachers.teacher import Teacher
 
 
 class PretrainingModule(L.LightningModule):
     """Next-token training of a decoder.
 
     Learning rate and weight decay are set from the step before each update; the codes are refreshed by the optimizer's
-    step hook. ``step_loss`` and ``clip_result`` hold the last step's figures as tensors, for the callbacks.
+    step hook. ``step_loss`` (the cross-entropy), ``step_parts`` (what else is minimised, by the names of its columns;
+    empty without) and ``clip_result`` hold the last step's figures as tensors, for the callbacks. A ``teacher`` is used
+    and not owned.
     """
 
-    def __init__(self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool) -> None:
+    def __init__(
+        self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.decoder = decoder
         self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
         self.bos_id = bos_id if cfg.data.attend_within_documents else None
-        self.loss = build_loss(cfg.loss)
+        self.loss = build_loss(cfg.loss, cfg.model)
+        self.regulariser = build_regulariser(cfg.regulariser, decoder, cfg.trainer.max_steps)
+        self.teacher = teacher
+        self._teach = (
+            torch.compile(teacher.__call__) if compiled and teacher is not None and teacher.compilable else teacher
+        )
+        # A sum over the step's tokens: Lightning divides the loss of each micro-batch by their number.
+        self._micro_batches: int | None = None
+        if isinstance(cfg.loss, CrossEntropyLoss) and cfg.loss.reduction is Reduction.sum:
+            rehearsed = isinstance(cfg.trainer.micro_batch, str)
+            self._micro_batches = 1 if rehearsed else batch_plan(cfg.trainer, cfg.data.sequence_length).accumulation
         self.step_loss: Tensor | None = None
+        self.step_parts: dict[str, Tensor] = {}
         self.clip_result: ClipResult | None = None
         self.code_cache: CodeCache | None = None
-        self._losses: list[Tensor] = []
+        self._parts: list[LossParts] = []
         # A graph for each size of a batch warm-up: one for changing sizes would compute otherwise in a continued run.
         dynamic = False if cfg.trainer.batch_warmup else None
-        self._compute: Callable[[Tensor], Tensor] = (
+        self._compute: Callable[..., LossParts] = (
             torch.compile(self.batch_loss, dynamic=dynamic) if compiled else self.batch_loss
         )
 
-    def batch_loss(self, ids: Tensor) -> Tensor:
-        """The loss of a micro-batch ids (batch, tokens + 1), not compiled."""
-        return next_token_loss(self.decoder, self.loss, ids, self.bos_id)
+    def batch_loss(self, ids: Tensor, taught: Taught | None = None) -> LossParts:
+        """The loss of a micro-batch ids (batch, tokens + 1) and its parts, not compiled."""
+        return next_token_loss(self.decoder, self.loss, ids, self.bos_id, taught)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Final states (batch, tokens, hidden) of ids (batch, tokens + 1), whose last token is only a target."""
+        inputs = ids[:, :-1]
+        documents = None if self.bos_id is None else document_numbers(inputs, self.bos_id)
+        return self.decoder.hidden_states(inputs, documents)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self._compute(batch)
-        self._losses.append(loss.detach())
-        return loss
+        taught = None if self._teach is None else self._teach(batch[:, :-1], self.bos_id)
+        parts = self._compute(batch, taught)
+        self._parts.append(parts.detached())
+        return parts.total if self._micro_batches is None else parts.total * self._micro_batches
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.cfg.optimizer, self.decoder)
@@ -57,6 +85,11 @@ class PretrainingModule(L.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.code_cache = CodeCache(self.decoder, optimizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The teacher's weights are not saved; which one it is tells a continued run that it has the same."""
+        if self.teacher is not None:
+            checkpoint[TEACHER] = self.teacher.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit what Lightning is about to restore to this run's accumulation and clip rule.
@@ -80,8 +113,25 @@ class PretrainingModule(L.LightningModule):
             state |= own
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""
+        """Called once per optimizer step, after accumulation: rates for this step, the regulariser, the clip rule."""
         set_step_rates(getattr(optimizer, "optimizer", optimizer), self.cfg, self.global_step)
+        penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
         self.clip_result = self.clip_rule.clip(self.decoder.named_parameters(), self.global_step)
-        self.step_loss = torch.stack(self._losses).mean()
-        self._losses = []
+        self.step_loss = torch.stack([parts.cross_entropy for parts in self._parts]).mean()
+        self.step_parts = self._other_parts(penalty)
+        self._parts = []
+
+    def _other_parts(self, penalty: Tensor | None) -> dict[str, Tensor]:
+        """The step's total and its parts beside the cross-entropy, with their weights; nothing when there are none."""
+        found = {
+            "loss/z": [parts.z for parts in self._parts if parts.z is not None],
+            "loss/distillation": [parts.distillation for parts in self._parts if parts.distillation is not None],
+        }
+        means = {name: torch.stack(values).mean() for name, values in found.items() if values}
+        if penalty is not None:
+            means["loss/regulariser"] = penalty
+        if not means and self._micro_batches is None:
+            return {}
+        totals = torch.stack([parts.total for parts in self._parts])
+        total = totals.mean() if self._micro_batches is None else totals.sum()
+        return {"loss/total": total if penalty is None else total + penalty, **means}

@@ -44,6 +44,8 @@ from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
 from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.teachers.resume import check_same_teacher
+from bitnet_train.training.teachers.teacher import load_teacher
 from bitnet_train.training.telemetry.layers import LayerTelemetry, cut_layers
 
 
@@ -144,6 +146,12 @@ def train(
         save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
         folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
         return TrainingOutcome(0, None, 0)
+    teacher = load_teacher(cfg, choices.device, choices.precision, kernels.backend, tokenizer)
+    if teacher is not None:
+        if start is not None and start.parent == folder.checkpoints:
+            check_same_teacher(start, teacher.identity)
+        console.print(f"teacher: {teacher.description}", markup=False)
+        remembered["teacher"] = teacher.identity
     # On a CPU a continued run is the same bit for bit. Compiled code would add the embedding's gradients up in whatever
     # order its threads arrive in; PyTorch's deterministic mode does not. (Filling fresh memory is for debugging.)
     deterministic = choices.device == "cpu"
@@ -151,7 +159,10 @@ def train(
     if cfg.trainer.micro_batch == "auto":
         with console.status("finding the largest micro-batch that fits"):
             found = find_micro_batch(
-                cfg, decoder, choices, lambda compiled: PretrainingModule(cfg, decoder, tokenizer.bos_id, compiled)
+                cfg,
+                decoder,
+                choices,
+                lambda compiled: PretrainingModule(cfg, decoder, tokenizer.bos_id, compiled, teacher),
             )
         console.print(found.sentence(), markup=False)
         remembered["micro_batch_search"] = found.as_dict()
@@ -166,7 +177,7 @@ def train(
         f"{epochs:.2f} epochs",
         markup=False,
     )
-    module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
+    module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile, teacher)
     loggers = _loggers(cfg, folder, run_name, first, console)
     cut_layers(folder.layers_file, first)
     cut_samples(folder.samples_file, first)

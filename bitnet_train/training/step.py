@@ -6,19 +6,24 @@ from torch import Tensor
 from bitnet_train.data.windows import document_numbers
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.config import RunConfig
-from bitnet_train.training.losses.cross_entropy import Loss
+from bitnet_train.training.losses.parts import Loss, LossParts, Taught
 from bitnet_train.training.optimizers.build import set_rates
 from bitnet_train.training.rates import rates
 
 
-def next_token_loss(decoder: Decoder, loss: Loss, ids: Tensor, bos_id: int | None) -> Tensor:
+def next_token_loss(
+    decoder: Decoder, loss: Loss, ids: Tensor, bos_id: int | None, taught: Taught | None = None
+) -> LossParts:
     """The loss of predicting ``ids[:, 1:]`` from ``ids[:, :-1]``.
 
     ids (batch, tokens + 1). With ``bos_id``, which begins every document, tokens see their own document only.
+    ``taught`` is what the loss's teacher, if it has one, says about ``ids[:, :-1]``.
     """
     inputs, targets = ids[:, :-1], ids[:, 1:]
     documents = None if bos_id is None else document_numbers(inputs, bos_id)
-    return loss(decoder.hidden_states(inputs, documents), decoder.head_weight, targets)
+    collector = loss.collector()
+    states = decoder.hidden_states(inputs, documents, collector=collector)
+    return loss(states, decoder.head_weight, targets, collector, taught)
 
 
 def set_step_rates(optimizer: torch.optim.Optimizer, cfg: RunConfig, step: int) -> None:

@@ -54,6 +54,7 @@ class TrainingMetrics(StepCallback):
         self.row = {
             "tokens": tokens,
             "train/loss": loss,
+            **{name: float(value) for name, value in module.step_parts.items()},
             "lr": at.lr,
             "weight_decay": at.weight_decay,
             "grad_norm": norm,

@@ -14,6 +14,7 @@ COLUMNS = (
     "step", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "lr", "weight_decay", "grad_norm",
     "clip_threshold", "grad_norm_clipped", "tokens_per_second", "model_flops_share", "codes/zeros", "codes/flips",
     "elapsed_seconds",
+    "loss/total", "loss/z", "loss/distillation", "loss/regulariser",
 )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ class LayerTelemetry(StepCallback):
                 found[names[id(layer)]] = float(read.abs().max()), saturated
 
         with hooked(module, look):
-            module.batch_loss(self._batch[:1])
+            module(self._batch[:1])
         return found
 
     def _write(self, step: int, rows: dict[str, dict[str, float]]) -> None:
