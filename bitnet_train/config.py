@@ -20,7 +20,7 @@ from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
-from bitnet_train.nn.layout import check_spec
+from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
@@ -109,6 +109,7 @@ def validate(cfg: Config) -> None:
     spec = build_spec(cfg.quant)
     check_spec(cfg.model, spec)
     check_init(cfg.init, cfg.model.norms)
+    check_init_overrides(cfg.model, cfg.init)
     check_data(cfg.data, cfg.model.context)
     if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
         raise ConfigError(
