@@ -8,8 +8,7 @@ reason. Every check that fails puts the old layers back, the very same objects.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -18,14 +17,11 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import BitnetTrainError, ConfigError, ConversionError
 from bitnet_train.kernels.backend import Backend
-from bitnet_train.nn.bit_linear import BitLinear, SharedInput
+from bitnet_train.nn.bit_linear import BitLinear
 from bitnet_train.nn.convert_checks import Bounds, OutputReport, compare_outputs, record
+from bitnet_train.nn.convert_plan import DEFAULT_EXCLUDE, Swap, places_of, plan_conversion, refuse_shared_inputs
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
-# The output head, which stays a float layer in every BitNet; heads of another name are found by
-# ``get_output_embeddings``, where the model has it.
-DEFAULT_EXCLUDE = ("lm_head", "*.lm_head")
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where nn.Module keeps hooks. The dictionaries themselves go to the new layer, so that handles can still remove them.
 HOOKS = (
     "_forward_hooks",
@@ -86,18 +82,6 @@ class ConversionReport:
         return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
 
 
-@dataclass
-class _Swap:
-    """A layer to convert: the modules and attributes that hold it, itself, and its successor once that is built."""
-
-    names: list[str]
-    places: list[tuple[nn.Module, str]]
-    old: nn.Linear
-    quant: LayerQuant
-    new: BitLinear | None = None
-    digests: dict[str, str] = field(default_factory=dict)
-
-
 def convert(
     model: nn.Module,
     quant: QuantSpec | LayerQuant = LayerQuant(),  # noqa: B008  (frozen)
@@ -127,7 +111,7 @@ def convert(
     ConversionError, which names the layer and the check, when a check fails.
     """
     spec = quant if isinstance(quant, QuantSpec) else QuantSpec(quant)
-    swaps, skipped = _plan(model, spec, include, exclude)
+    swaps, skipped = plan_conversion(model, spec, include, exclude)
     before = None if examples is None else record(model, {swap.names[0]: swap.old for swap in swaps}, examples)
     name = "the model"
     try:
@@ -170,10 +154,10 @@ def revert(model: nn.Module) -> list[str]:
 
     The parameters stay the same objects. Raises ConfigError when a layer has no master weights, only codes.
     """
-    _refuse_shared_inputs(model)
+    refuse_shared_inputs(model)
     places = [
         (name, parent, attribute, layer)
-        for name, parent, attribute, layer in _places(model)
+        for name, parent, attribute, layer in places_of(model)
         if isinstance(layer, BitLinear)
     ]
     for name, _, _, layer in places:
@@ -207,140 +191,7 @@ def unquantised(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(name, parent, attribute, module) of every place that holds a module; one module may stand in several."""
-    for parent_name, parent in model.named_modules():
-        for attribute, module in parent._modules.items():
-            if module is not None:
-                yield f"{parent_name}.{attribute}" if parent_name else attribute, parent, attribute, module
-
-
-def _refuse_shared_inputs(model: nn.Module) -> None:
-    if any(isinstance(module, SharedInput) for module in model.modules()):
-        raise ConfigError(
-            "This is a model of bitnet_train, which is built with its quantised layers: build it with another quant= "
-            "instead of converting it."
-        )
-
-
-def _plan(
-    model: nn.Module, spec: QuantSpec, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[list[_Swap], dict[str, str]]:
-    """What will be converted, and why everything else with a matrix of its own will not. Changes nothing."""
-    _refuse_shared_inputs(model)
-    if isinstance(model, nn.Linear):
-        raise ConfigError("The model is a single linear layer, which cannot be replaced in place: build a BitLinear.")
-    swaps: dict[int, _Swap] = {}
-    skipped: dict[str, str] = {}
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    for name, parent, attribute, module in _places(model):
-        if not isinstance(module, nn.Linear):
-            if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-                kind = type(module).__name__
-                skipped[name] = "an embedding" if isinstance(module, nn.Embedding) else f"{kind} is no nn.Linear"
-        elif id(module) in swaps:
-            swaps[id(module)].names.append(name)
-            swaps[id(module)].places.append((parent, attribute))
-        else:
-            swaps[id(module)] = _Swap([name], [(parent, attribute)], module, spec.for_layer(name))
-    for swap in swaps.values():
-        if len({spec.for_layer(name) for name in swap.names}) > 1:
-            raise ConfigError(
-                f"{' and '.join(swap.names)} are one layer, and quant.overrides quantises them differently."
-            )
-    linears = [name for swap in swaps.values() for name in swap.names]
-    _check_patterns(linears, spec, include, exclude)
-    for key, swap in list(swaps.items()):
-        reason = _obstacle(swap, head, include, exclude)
-        if reason is not None:
-            skipped |= dict.fromkeys(swap.names, reason)
-            del swaps[key]
-    _leave_tied(model, swaps, skipped)
-    if not swaps:
-        raise ConfigError("No layer of this model can be converted: " + _reasons(skipped) + ".")
-    for swap in swaps.values():
-        if swap.old.weight.is_meta:
-            raise ConfigError(f"{swap.names[0]} is on the meta device: load the model's weights first.")
-        try:
-            swap.quant.group_count(swap.old.out_features)
-        except ConfigError as error:
-            raise ConfigError(f"{swap.names[0]}: {error}") from None
-    return list(swaps.values()), dict(sorted(skipped.items()))
-
-
-def _reasons(skipped: dict[str, str]) -> str:
-    first = [f"{name} ({reason})" for name, reason in list(skipped.items())[:3]]
-    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    return (", ".join(first) + more) if first else "it has no linear layer"
-
-
-def _check_patterns(linears: list[str], spec: QuantSpec, include: Sequence[str], exclude: Sequence[str]) -> None:
-    for key, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if pattern not in ("*", *DEFAULT_EXCLUDE) and not any(fnmatchcase(name, pattern) for name in linears):
-                raise ConfigError(f"{key}: the pattern '{pattern}' matches no linear layer; {_examples(linears)}.")
-    for pattern in spec.unmatched(linears):
-        raise ConfigError(
-            f"quant.overrides: the pattern '{pattern}' matches no linear layer of this model; {_examples(linears)}."
-        )
-
-
-def _examples(linears: list[str]) -> str:
-    return f"names look like '{linears[0]}'" if linears else "it has none"
-
-
-def _obstacle(swap: _Swap, head: object, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    """Why the layer is left alone, or None."""
-    layer = swap.old
-    if isinstance(layer, BitLinear):
-        return "quantised already"
-    for pattern in exclude:
-        if any(fnmatchcase(name, pattern) for name in swap.names):
-            return f"excluded by '{pattern}'"
-    if layer is head:
-        return "the output head"
-    if not all(any(fnmatchcase(name, pattern) for pattern in include) for name in swap.names):
-        return "not among the included"
-    if type(layer) is not nn.Linear:
-        return f"{type(layer).__name__} is a subclass of nn.Linear"
-    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in swap.places):
-        return "nn.TransformerEncoderLayer reads its weights past its forward"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced"
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed from other parameters"
-    beside = sorted((set(layer._parameters) - {"weight", "bias"}) | set(layer._buffers) | set(layer._modules))
-    if beside:
-        return f"it holds {', '.join(beside)} as well"
-    if layer.weight.dtype not in FLOAT_TYPES:
-        return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
-    if not swap.quant.quantised:
-        return "quant leaves it float"
-    return None
-
-
-def _leave_tied(model: nn.Module, swaps: dict[int, _Swap], skipped: dict[str, str]) -> None:
-    """Take out the layers whose parameters belong to a module that is not converted as well."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for module_name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module_name, module))
-    changed = True
-    while changed:
-        changed = False
-        for key, swap in list(swaps.items()):
-            for parameter in swap.old.parameters():
-                other = next((n for n, module in owners[id(parameter)] if id(module) not in swaps), None)
-                if other is not None:
-                    skipped |= dict.fromkeys(swap.names, f"tied to {other or 'the model'}")
-                    del swaps[key]
-                    changed = True
-                    break
-
-
-def _build(swaps: list[_Swap], spec: QuantSpec, backend: Backend | None) -> None:
+def _build(swaps: list[Swap], spec: QuantSpec, backend: Backend | None) -> None:
     """Make the new layers and copy the parameters; one Parameter for every one that was shared."""
     copies: dict[int, nn.Parameter] = {}
     for swap in swaps:
@@ -390,12 +241,12 @@ def _digests(layer: nn.Linear) -> dict[str, str]:
     return {name: tensor_digest(parameter) for name, parameter in layer.named_parameters()}
 
 
-def _built(swap: _Swap) -> BitLinear:
+def _built(swap: Swap) -> BitLinear:
     assert swap.new is not None
     return swap.new
 
 
-def _check_transfer(swap: _Swap) -> None:
+def _check_transfer(swap: Swap) -> None:
     """Raises ConversionError when a parameter of the new layer is missing, of another kind, or not the same bytes."""
     old, new, name = dict(swap.old.named_parameters()), dict(_built(swap).named_parameters()), swap.names[0]
     if set(old) != set(new):
@@ -421,9 +272,9 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def _check_none_left(model: nn.Module, swaps: list[_Swap], skipped: dict[str, str]) -> None:
+def _check_none_left(model: nn.Module, swaps: list[Swap], skipped: dict[str, str]) -> None:
     """Raises ConversionError when a layer that should be a BitLinear is not."""
-    modules = {name: module for name, _, _, module in _places(model)}
+    modules = {name: module for name, _, _, module in places_of(model)}
     for name, module in modules.items():
         if type(module) is nn.Linear and name not in skipped:
             raise ConversionError(f"{name}: audit: it is still nn.Linear; nothing was changed.")
@@ -433,7 +284,7 @@ def _check_none_left(model: nn.Module, swaps: list[_Swap], skipped: dict[str, st
                 raise ConversionError(f"{name}: audit: the new layer is not in its place; nothing was changed.")
 
 
-def _roll_back(swaps: list[_Swap]) -> None:
+def _roll_back(swaps: list[Swap]) -> None:
     for swap in swaps:
         for parent, attribute in swap.places:
             setattr(parent, attribute, swap.old)
