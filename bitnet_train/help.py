@@ -46,7 +46,8 @@ Flags
 Every setting, with its value:  python -m bitnet_train +recipe=tiny --cfg job
 What a setting means:           the comments in bitnet_train/*/config.py
 Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a
-conversion failed its checks; 130 Ctrl-C; 143 terminated. A continued sweep ends with its worst code.
+conversion failed its checks; 130 Ctrl-C; 143 terminated. A continued sweep ends with
+its worst code.
 """
 
 

@@ -92,6 +92,13 @@ def check_decoder(cfg: DecoderConfig) -> None:
         raise ConfigError(f"model.norm_eps={cfg.norm_eps} and model.rope_theta={cfg.rope_theta} must both be positive.")
 
 
+class SubNorms(Enum):
+    """What the gains of sub-norms start at that the weights of ``init.from`` come without."""
+
+    ones = "ones"
+    calibrate = "calibrate"
+
+
 @dataclass
 class InitOverride:
     # Module-name pattern with * and ?, for example "layers.*.self_attn.o_proj" or "embed_tokens"; the last match wins.
@@ -115,6 +122,11 @@ class InitConfig:
     # stream at full strength from the first step, whatever the spread of o_proj and down_proj; a gain below 1 lets the
     # embedding through. (The other norms' gains start at 1.)
     sub_norm_gain: float = 1.0
+    # With model.norms=pre_sub and init.from of a model without sub-norms (llama, qwen), which are put in (BitDistill,
+    # arXiv 2510.13998): ones; or calibrate, which null means there: the gains that keep the inputs of o_proj and
+    # down_proj closest to what they were, one for a norm or one for each channel, whichever changes the validation loss
+    # less. Both losses are printed. Only model.norms=pre keeps such a model's function exactly.
+    sub_norms: SubNorms | None = None
 
 
 # Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet or llama).
@@ -177,6 +189,9 @@ class MitchellInit(InitConfig):
 
 def check_init(cfg: InitConfig, norms: Norms) -> None:
     """Raises ConfigError for a spread or gain that is not positive, or a gain of norms that the model does not have."""
+    if cfg.sub_norms is not None and (initial_source(cfg) is None or norms is Norms.pre):
+        why = "without init.from" if initial_source(cfg) is None else "with model.norms=pre, which has no sub-norms"
+        raise ConfigError(f"init.sub_norms={cfg.sub_norms.value} has no effect {why}: leave it out.")
     for override in cfg.overrides:
         if (override.std is None) == (override.factor is None):
             given = "both std and factor" if override.std is not None else "neither std nor factor"
