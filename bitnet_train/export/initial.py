@@ -19,6 +19,7 @@ from bitnet_train.export.gguf.reader import gguf_path, read_gguf
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
 from bitnet_train.export.huggingface.variant import Storage
+from bitnet_train.export.hub import download, looks_like_hub_name
 from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
 from bitnet_train.nn.config import DecoderConfig, Norms
 from bitnet_train.nn.layout import parameter_table, quantised_layers
@@ -44,7 +45,8 @@ class InitialWeights:
 
 
 def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWeights:
-    """The weights of ``init.from=source``: ``RUN`` or ``RUN@STEP``, or the folder of an export or of a checkpoint.
+    """The weights of ``init.from=source``: ``RUN`` or ``RUN@STEP``, the folder of an export or of a checkpoint, or a
+    repository of the Hugging Face hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
 
     Packed codes become master weights that ternarise to these codes and scales. Raises ConfigError when the source is
     missing, damaged, or of another shape than ``cfg``.
@@ -52,7 +54,11 @@ def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWei
     name, _, step = source.partition("@")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"init.from={source} does not exist: give the folder of a run, an export or a checkpoint.")
+        if not looks_like_hub_name(source):
+            raise ConfigError(
+                f"init.from={source} does not exist: give the folder of a run, an export or a checkpoint."
+            )
+        folder, step = download(source, "init.from"), ""
     if (folder / "config.yaml").is_file():
         return _from_run(folder, step, cfg, spec, source)
     if step:

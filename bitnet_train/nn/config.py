@@ -129,7 +129,8 @@ class InitConfig:
     sub_norms: SubNorms | None = None
 
 
-# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet or llama).
+# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet or llama);
+# such a checkpoint may also be a repository of the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION).
 # Its weights replace all that the other settings of init say. (`from` is a keyword in Python, so the field is added
 # here and is not an argument of the constructor.)
 InitConfig.__annotations__["from"] = str | None
