@@ -17,9 +17,9 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import open_checkpoint
 from bitnet_train.export.gguf.reader import gguf_path, read_gguf
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
+from bitnet_train.export.hub import download, looks_like_hub_name
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
 from bitnet_train.export.huggingface.variant import Storage
-from bitnet_train.export.hub import download, looks_like_hub_name
 from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
 from bitnet_train.nn.config import DecoderConfig, Norms
 from bitnet_train.nn.layout import parameter_table, quantised_layers
