@@ -217,12 +217,13 @@ def run_job(job: Job, catalogue: Catalogue) -> int:
         cfg = to_config(on_a_run(job))
     else:
         command = node.command.value
-        if job.recipe is None:
+        if job.recipe is None and node.command is not Command.convert:
             raise ConfigError(f"No recipe is chosen: add +recipe=NAME, one of {', '.join(catalogue.recipes)}.")
         if node.run is not None:
             those = ", ".join(c.value for c in ON_A_RUN)
             raise ConfigError(f"run= is for {those}; command={command} starts from a recipe.")
-        node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
+        if job.recipe is not None:
+            node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
         cfg = to_config(node)
         if node.command in NEED_TEXT:
             open_corpus(cfg.data.corpus)  # says at once that the text is missing

@@ -16,11 +16,11 @@ from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
-from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.config import ConvertConfig, ExportConfig, check_convert
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
-from bitnet_train.nn.layout import check_spec
+from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
 from bitnet_train.quant.progress import check_progressive
 from bitnet_train.quant.spec import build_spec
@@ -46,6 +46,7 @@ class Command(Enum):
     generate = "generate"
     report = "report"
     benchmark = "benchmark"
+    convert = "convert"
 
 
 # Commands that read the configuration of the run they work on.
@@ -62,7 +63,7 @@ class PathsConfig:
 
 @dataclass
 class Config(RunConfig):
-    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report or benchmark.
+    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report, benchmark or convert.
     command: Command = Command.train
     # Name of the run's folder under paths.runs; null for the recipe's name.
     run_name: str | None = None
@@ -79,6 +80,8 @@ class Config(RunConfig):
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     # What benchmark compares.
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    # What convert reads and writes.
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
 
 
 # Where the configuration has a choice of variants: key -> name -> dataclass. These are Hydra's config groups too.
@@ -101,8 +104,9 @@ SINCE_LATER = ("quant.progressive",)
 
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
-    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "logger",
-    "checkpoint", "samples", "telemetry", "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
+    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
+    "logger", "checkpoint", "samples", "telemetry", "kernels",
+    "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip
 
@@ -115,8 +119,12 @@ def validate(cfg: Config) -> None:
             raise ConfigError(f"paths.{name} is empty: give a folder.")
     check_decoder(cfg.model)
     spec = build_spec(cfg.quant)
-    check_spec(cfg.model, spec)
+    if cfg.command is Command.convert:
+        check_convert(cfg.convert, spec.quantised)
+    else:
+        check_spec(cfg.model, spec)  # a foreign model has layers of its own
     check_init(cfg.init, cfg.model.norms)
+    check_init_overrides(cfg.model, cfg.init)
     check_data(cfg.data, cfg.model.context)
     if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
         raise ConfigError(

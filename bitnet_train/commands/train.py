@@ -74,7 +74,10 @@ def _initial_weights(cfg: Config) -> Any:
         return None
     from bitnet_train.export.initial import read_initial
 
-    return read_initial(source, cfg.model, build_spec(cfg.quant))
+    initial = read_initial(source, cfg.model, build_spec(cfg.quant))
+    if cfg.init.sub_norms is not None and not initial.lacks_sub_norms:
+        raise ConfigError(f"init.from={source} brings its own sub-norms: leave init.sub_norms out.")
+    return initial
 
 
 def _check_teacher(cfg: Config) -> None:

@@ -101,7 +101,7 @@ class Attention(nn.Module):
         sub_norm = RMSNorm(cfg.hidden, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
         self.attn_sub_norm = sub_norm
         self.qkv = shared_input(self, ("q_proj", "k_proj", "v_proj"), input_norm, cfg)
-        self.out = shared_input(self, ("o_proj",), sub_norm, cfg)
+        self.out: nn.Module = shared_input(self, ("o_proj",), sub_norm, cfg)
 
     def forward(
         self,

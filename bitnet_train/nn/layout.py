@@ -6,9 +6,10 @@ torch and without allocating a weight. A test holds it equal to the real module.
 
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.nn.config import DecoderConfig, Norms
+from bitnet_train.nn.config import DecoderConfig, InitConfig, Norms
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
 
@@ -111,3 +112,19 @@ def learned_scales(cfg: DecoderConfig, spec: QuantSpec) -> dict[str, tuple[int, 
         for name, layer in quantised_layers(cfg, spec).items()
         if layer.trainable_scale
     }
+
+
+def check_init_overrides(cfg: DecoderConfig, init: InitConfig) -> None:
+    """Raises ConfigError when a pattern of ``init.overrides`` matches no weight matrix."""
+    matrices = [p.layer_name for p in parameter_table(cfg) if len(p.shape) > 1]
+    for override in init.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in matrices):
+            raise ConfigError(
+                f"init.overrides: the pattern '{override.pattern}' matches no weight matrix; names look like "
+                f"'layers.0.self_attn.o_proj' and 'embed_tokens'{tied_head(cfg)}."
+            )
+
+
+def tied_head(cfg: DecoderConfig) -> str:
+    """The clause that explains why 'lm_head' does not exist, where it does not."""
+    return " (with model.tie_embeddings the head is embed_tokens)" if cfg.tie_embeddings else ""

@@ -44,6 +44,7 @@ from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
 from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.sub_norms import insert_sub_norms
 from bitnet_train.training.teachers.resume import check_same_teacher
 from bitnet_train.training.teachers.teacher import load_teacher
 from bitnet_train.training.telemetry.layers import LayerTelemetry, cut_layers
@@ -118,8 +119,11 @@ def train(
     decoder = build_decoder(cfg.model, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
     if initial is not None:
         check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, load_tokenizer(shards))
-        fill_weights(decoder, initial.masters)
         console.print(f"init: {initial.description}", markup=False)
+        if initial.lacks_sub_norms:
+            initial, sentence = insert_sub_norms(cfg, initial, shards, manifest, load_tokenizer(shards), choices.device)
+            console.print(sentence, markup=False)
+        fill_weights(decoder, initial.masters)
     counts = audit(decoder)
     quantisation = Quantisation(cfg, decoder)
     quantisation.set(first)
