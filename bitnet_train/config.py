@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
+from bitnet_train.data.mixture import check_mixture
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
 from bitnet_train.export.config import ExportConfig
@@ -110,6 +111,7 @@ def validate(cfg: Config) -> None:
     check_spec(cfg.model, spec)
     check_init(cfg.init, cfg.model.norms)
     check_data(cfg.data, cfg.model.context)
+    check_mixture(cfg.data, cfg.trainer.max_steps)
     if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab={cfg.model.vocab} is smaller than data.tokenizer.vocab_size={cfg.data.tokenizer.vocab_size}: "

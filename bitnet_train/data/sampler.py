@@ -3,7 +3,8 @@
 Nothing has to be stored or replayed to resume: the state of the sampler is the number of samples consumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -50,12 +51,22 @@ class ConsumedBatchSampler(Sampler[list[int]]):
     """Batches of ``batch`` sample numbers, starting after ``consumed`` samples; endless.
 
     With ``world`` processes, process ``rank`` takes every world-th batch, so that together they consume the samples in
-    the same order as one process would.
+    the same order as one process would. ``order`` (sample number -> window) takes the place of :func:`sample_index`.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, consumed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        consumed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        order: Callable[[int], int] | None = None,
+    ) -> None:
         self.size, self.batch, self.seed, self.consumed = size, batch, seed, consumed
         self.rank, self.world = rank, world
+        self.order = order or partial(sample_index, size=size, seed=seed)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -63,5 +74,5 @@ class ConsumedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         first = self.consumed + self.rank * self.batch
         while True:
-            yield [sample_index(n, self.size, self.seed) for n in range(first, first + self.batch)]
+            yield [self.order(n) for n in range(first, first + self.batch)]
             first += self.batch * self.world

@@ -43,7 +43,8 @@ class Manifest:
     version: int
     # The configuration, corpus identity and tokenizer digest that the shards were made from.
     source: dict[str, Any]
-    # "train" and "val" -> shards, tokens, documents and UTF-8 bytes of text.
+    # "train" and "val" -> shards, tokens, documents and UTF-8 bytes of text. A mixture has "train/NAME" and "val/NAME"
+    # of each corpus beside, and the shards of the two are those of all of them.
     splits: dict[str, dict[str, Any]]
     # Digest of the tokens and the tokenizer: what a run remembers. The same text prepared again, touched or moved, has
     # the same fingerprint.
@@ -62,6 +63,11 @@ class Manifest:
     def shards(self, split: str) -> list[ShardInfo]:
         """The shard files of a split, in order."""
         return [ShardInfo(**shard) for shard in self.splits[split]["shards"]]
+
+    @property
+    def corpora(self) -> list[str]:
+        """The names of a mixture's corpora, sorted; nothing for a single corpus."""
+        return sorted(split.removeprefix("train/") for split in self.splits if split.startswith("train/"))
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json."""
@@ -130,10 +136,16 @@ class ShardWriter:
     def _flush(self, tokens: int) -> None:
         everything = np.concatenate(self._pending)
         shard, rest = everything[:tokens], everything[tokens:]
-        path = self.folder / f"{self.split}-{len(self.infos):05d}.npy"
+        path = self.folder / f"{self.split.replace('/', '-')}-{len(self.infos):05d}.npy"
         np.save(path, shard)
         self.infos.append(ShardInfo(path.name, len(shard), path.stat().st_size, file_digest(path), sample_digest(path)))
         self._pending, self._pending_tokens = [rest], len(rest)
+
+
+def joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's entry of a split that consists of others, one after the other."""
+    sums = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "bytes")}
+    return {"shards": [shard for entry in entries for shard in entry["shards"]], **sums}
 
 
 def file_digest(path: Path) -> str:
@@ -158,7 +170,8 @@ def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
 
     Raises ConfigError for a missing, truncated or edited shard.
     """
-    shards = [shard for split in manifest.splits for shard in manifest.shards(split)]
+    # A mixture's shards stand in two splits.
+    shards = list({shard.file: shard for split in manifest.splits for shard in manifest.shards(split)}.values())
     tokenizer = folder / TOKENIZER_FILE
     wanted_tokenizer = manifest.source.get("tokenizer_digest")
     if wanted_tokenizer is not None and (not tokenizer.is_file() or tokenizer_digest(tokenizer) != wanted_tokenizer):

@@ -39,6 +39,11 @@ class TextLoss:
         return self.nats / math.log(2) / max(1, self.bytes)
 
 
+def total(losses: list[TextLoss]) -> TextLoss:
+    """The loss on several texts together."""
+    return TextLoss(sum(x.nats for x in losses), sum(x.tokens for x in losses), sum(x.bytes for x in losses))
+
+
 @torch.no_grad()
 def windows_loss(
     model: Decoder,

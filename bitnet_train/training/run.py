@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
 
+from bitnet_train.data.config import MixtureCorpus
+from bitnet_train.data.mixture import stages
 from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError
@@ -152,11 +154,14 @@ def train(
         remembered["micro_batch_search"] = found.as_dict()
         cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
-    epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
+    mixed = stages(cfg.data, cfg.trainer.max_steps) if isinstance(cfg.data.corpus, MixtureCorpus) else None
+    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed, mixed)
+    for line in data.mixture():
+        console.print(line, markup=False)
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
-        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), {epochs:.2f} epochs",
+        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}), "
+        f"{data.epochs(cfg.trainer.max_steps)}",
         markup=False,
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile)
