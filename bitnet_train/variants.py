@@ -20,11 +20,11 @@ def build_variant(options: Mapping[str, type[Variant]], choice: str, given: obje
     """
     if not isinstance(given, Mapping):
         raise ConfigError(f"{key} must be a mapping such as {{{choice}: {next(iter(options))}, ...}}, not '{given}'.")
-    name = given.get(choice)
+    name = str(given.get(choice))
     if name not in options:
         chosen = f"{key}.{choice}={name} does not exist" if choice in given else f"{key} lacks '{choice}'"
-        raise ConfigError(f"{chosen}; choose one of {', '.join(options)}.{did_you_mean(str(name), options)}")
-    kind = options[str(name)]
+        raise ConfigError(f"{chosen}; choose one of {', '.join(options)}.{did_you_mean(name, options)}")
+    kind = options[name]
     known = [f.name for f in fields(kind) if f.name != "name"]  # type: ignore[arg-type]
     values = {str(field): value for field, value in given.items() if field != choice}
     for field in values:
