@@ -23,8 +23,9 @@ def run(cfg: Config) -> int:
     folder, manifest = ensure_prepared(cfg, console)
     console.print(f"data: {describe(cfg.data, cfg.trainer.max_steps)}", markup=False)
     for split, entry in manifest.splits.items():
+        learnt = f", {entry['learnt']:,} of them learnt" if "learnt" in entry else ""
         console.print(
-            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens "
+            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens{learnt} "
             f"({entry['bytes'] / max(1, entry['tokens']):.2f} bytes per token) in {len(entry['shards'])} shard(s)"
         )
     checked = verify_shards(folder, manifest, cfg.data.verify)

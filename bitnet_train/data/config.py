@@ -77,6 +77,27 @@ class HubCorpus(CorpusConfig):
 
 
 @dataclass
+class ChatCorpus(CorpusConfig):
+    """Conversations for supervised fine-tuning: jsonl or parquet with a list of messages (role, content), as
+    transformers' chat format. The loss is on the assistant's tokens alone.
+    """
+
+    name: str = "chat"
+    # A file, or a folder that is searched recursively.
+    path: str = ""
+    # Which files of a folder are read.
+    patterns: list[str] = field(default_factory=lambda: ["*.jsonl", "*.jsonl.gz", "*.parquet"])
+    # Field or column that holds the messages.
+    messages_field: str = "messages"
+    # Chat template: Jinja text, or a file that holds it; null for the tokenizer's own. It is handed on with exports.
+    template: str | None = None
+    # A file or folder of validation conversations; null takes every validation_every-th conversation of path instead.
+    validation_path: str | None = None
+    # Conversation i is validation when i % validation_every == 7 (only without validation_path).
+    validation_every: int = 50
+
+
+@dataclass
 class MixtureCorpus(CorpusConfig):
     """Several corpora, of whose windows each gets its share of every 1,000 training samples. One tokenizer for all."""
 
@@ -90,6 +111,7 @@ CORPUS_CONFIGS: dict[str, type[CorpusConfig]] = {
     "stdlib": StdlibCorpus,
     "files": FilesCorpus,
     "hub": HubCorpus,
+    "chat": ChatCorpus,
     "mixture": MixtureCorpus,
 }
 

@@ -9,12 +9,12 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-from bitnet_train.data.config import CorpusConfig, FilesCorpus, HubCorpus, MixtureCorpus, StdlibCorpus
-from bitnet_train.data.document import Document, held_out, stamp
+from bitnet_train.data.chat import ChatSource
+from bitnet_train.data.config import ChatCorpus, CorpusConfig, FilesCorpus, HubCorpus, MixtureCorpus, StdlibCorpus
+from bitnet_train.data.document import Document, find_files, held_out, matching, stamp
 from bitnet_train.data.hub import HubSource
 from bitnet_train.data.mixture import KEY, parts
 from bitnet_train.data.parquet import read_texts
@@ -92,22 +92,13 @@ class FilesSource:
             raise ConfigError(f"data.corpus.path={cfg.path} holds no files but those of data.corpus.validation_path.")
 
     def _find(self, where: str, key: str) -> list[Path]:
-        root = Path(where).expanduser()
-        if root.is_file():
-            return [root]
-        if not root.exists():
-            raise ConfigError(f"{key}={where} does not exist: give a text, jsonl or parquet file, or a folder of them.")
-        everything = sorted((p for p in root.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
-        found = [p for p in everything if any(fnmatch(p.name, pattern) for pattern in self.cfg.patterns)]
-        tables = [p for p in everything if p.suffix == ".parquet"]
-        if not found and self.cfg.patterns == FilesCorpus().patterns:
-            found = tables
+        root, patterns = Path(where).expanduser(), self.cfg.patterns
+        tables = matching(root, ["*.parquet"]) if root.is_dir() else []
+        if tables and patterns == FilesCorpus().patterns and not matching(root, patterns):
+            patterns = ["*.parquet"]
+        found = find_files(where, patterns, key)
         if left := len(set(tables) - set(found)):
             self.remarks.append(f"{left} parquet file(s) in {where} are left out by data.corpus.patterns")
-        if not found:
-            raise ConfigError(
-                f"{key}={where} holds no file that matches {', '.join(self.cfg.patterns)} (data.corpus.patterns)."
-            )
         return found
 
     def documents(self) -> Iterator[Document]:
@@ -208,6 +199,7 @@ CORPORA: dict[type[CorpusConfig], Callable[..., Corpus]] = {
     StdlibCorpus: StdlibSource,
     FilesCorpus: FilesSource,
     HubCorpus: HubSource,
+    ChatCorpus: ChatSource,
     MixtureCorpus: MixtureSource,
 }
 

@@ -8,7 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitnet_train.data.config import CORPUS_CONFIGS, CorpusConfig, DataConfig, MixtureCorpus, check_corpus
+from bitnet_train.data.config import (
+    CORPUS_CONFIGS,
+    BpeTokenizer,
+    ChatCorpus,
+    CorpusConfig,
+    DataConfig,
+    MixtureCorpus,
+    check_corpus,
+)
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.variants import build_variant
 
@@ -77,12 +85,28 @@ def stages(cfg: DataConfig, max_steps: int) -> list[Stage]:
     return found
 
 
+def chats(cfg: CorpusConfig) -> dict[str, ChatCorpus]:
+    """The chat corpora, by the key they stand at. With any of them every token has a mask."""
+    if isinstance(cfg, ChatCorpus):
+        return {"data.corpus": cfg}
+    found = parts(cfg) if isinstance(cfg, MixtureCorpus) else {}
+    return {f"{KEY}.{name}": part.corpus for name, part in found.items() if isinstance(part.corpus, ChatCorpus)}
+
+
 def check_mixture(cfg: DataConfig, max_steps: int) -> None:
-    """Raises ConfigError for a mixture or stages that are set wrongly (see :func:`parts` and :func:`stages`)."""
+    """Raises ConfigError for a mixture or stages that are set wrongly (see :func:`parts` and :func:`stages`), and for
+    chat corpora without a template or with several.
+    """
     if isinstance(cfg.corpus, MixtureCorpus):
         stages(cfg, max_steps)
     elif cfg.stages:
         raise ConfigError(f"data.stages needs data/corpus=mixture; data/corpus={cfg.corpus.name} has nothing to weigh.")
+    given = {key: corpus.template for key, corpus in chats(cfg.corpus).items()}
+    if len(set(given.values())) > 1:
+        raise ConfigError(f"{' and '.join(f'{key}.template' for key in given)} differ: a model has one chat template.")
+    if isinstance(cfg.tokenizer, BpeTokenizer) and None in given.values():
+        key = next(iter(given))
+        raise ConfigError(f"{key}.template is not set, and a tokenizer that is trained here has none of its own.")
 
 
 def block_counts(weights: Mapping[str, float], key: str) -> tuple[int, ...]:

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bitnet_train.data.chat import ChatSource, Conversation
+from bitnet_train.data.chat_template import ChatEncoder
 from bitnet_train.data.config import CorpusConfig, DataConfig, MixtureCorpus, PretrainedTokenizer
 from bitnet_train.data.corpus import Corpus, MixtureSource, identity_since, open_corpus
 from bitnet_train.data.document import Document
@@ -138,11 +140,21 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
             f"The tokenizer has {tokenizer.vocab_size} ids, more than "
             f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}."
         )
-    tokenizer.save(folder)
     if isinstance(corpus, MixtureSource):
-        streams = {f"/{name}": corpus.documents_of(name) for name in corpus.sources}
+        sources = corpus.sources
+        streams = {f"/{name}": corpus.documents_of(name) for name in sources}
     else:
-        streams = {"": corpus.documents()}
+        sources, streams = {"": corpus}, {"": corpus.documents()}
+    chat = None
+    if chatting := [source for source in sources.values() if isinstance(source, ChatSource)]:
+        template = chatting[0].template or tokenizer.chat_template
+        if template is None:
+            raise ConfigError(
+                f"The tokenizer {getattr(cfg.tokenizer, 'source', '')} has no chat template: set data.corpus.template."
+            )
+        tokenizer = replace(tokenizer, chat_template=template)
+        chat = ChatEncoder(tokenizer, template)
+    tokenizer.save(folder)
     splits: dict[str, dict[str, Any]] = {}
     done = 0
     for suffix, stream in streams.items():
@@ -151,10 +163,9 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
             for split in ("train", "val")
         }
         for documents in _batches(stream):
-            texts = [document.text for document in documents]
-            for document, ids in zip(documents, tokenizer.encode_batch(texts), strict=True):
+            for document, (ids, mask) in zip(documents, _encoded(documents, tokenizer, chat), strict=True):
                 size = len(document.text.encode())
-                writers["val" if document.validation else "train"].add([tokenizer.bos_id, *ids], size)
+                writers["val" if document.validation else "train"].add(ids, size, mask)
                 done += size
             progress("tokenising", done)
         splits |= {f"{split}{suffix}": writer.finish() for split, writer in writers.items()}
@@ -174,6 +185,20 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
             raise ConfigError(f"{key} gives no {name} documents: add text, or set data.corpus.validation_path.")
     manifest.save(folder)
     return manifest
+
+
+def _encoded(
+    documents: list[Document], tokenizer: TextTokenizer, chat: ChatEncoder | None
+) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Ids of each document, the bos id first, and beside conversations a mask; of plain text everything is learnt."""
+    if isinstance(documents[0], Conversation):
+        assert chat is not None
+        for document in documents:
+            assert isinstance(document, Conversation)
+            yield chat.encode(document)
+        return
+    for ids in tokenizer.encode_batch([document.text for document in documents]):
+        yield [tokenizer.bos_id, *ids], None if chat is None else [1] * (len(ids) + 1)
 
 
 def _training_texts(corpus: Corpus, progress: Progress) -> Iterator[str]:

@@ -58,7 +58,11 @@ class ShardDataModule(L.LightningDataModule):
         # Windows of each corpus of a mixture; of a single corpus under "".
         names = {name: f"/{name}" for name in manifest.corpora} or {"": ""}
         self.sources = {
-            name: Windows(TokenArray(folder, manifest, f"train{split}"), cfg.sequence_length)
+            name: Windows(
+                TokenArray(folder, manifest, f"train{split}"),
+                cfg.sequence_length,
+                mask=_mask(folder, manifest, f"train{split}"),
+            )
             for name, split in names.items()
         }
         self.train_windows = _concatenated(list(self.sources.values()))
@@ -69,6 +73,7 @@ class ShardDataModule(L.LightningDataModule):
                 cfg.sequence_length,
                 partial=True,
                 limit=_share(cfg.validation_tokens, val_tokens[name], sum(val_tokens.values())),
+                mask=_mask(folder, manifest, f"val{split}"),
             )
             for name, split in names.items()
             if val_tokens[name] > 1
@@ -165,6 +170,10 @@ class ShardDataModule(L.LightningDataModule):
 
 def _concatenated(sources: list[Windows]) -> Windows | ConcatDataset[Tensor]:
     return sources[0] if len(sources) == 1 else ConcatDataset(sources)
+
+
+def _mask(folder: Path, manifest: Manifest, split: str) -> TokenArray | None:
+    return TokenArray(folder, manifest, split, masks=True) if manifest.masks(split) else None
 
 
 def _share(limit: int | None, tokens: int, total: int) -> int | None:

@@ -104,8 +104,9 @@ def train(
     loss stops being a number.
     """
     checked = verify_shards(shards, manifest, cfg.data.verify)
-    tokens = manifest.splits["train"]["tokens"]
-    console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
+    entry = manifest.splits["train"]
+    learnt = f" ({entry['learnt']:,} of them learnt)" if "learnt" in entry else ""
+    console.print(f"data: {entry['tokens']:,} training tokens{learnt} in {shards}; checked {checked}", markup=False)
     if first >= cfg.trainer.max_steps and (first or start is not None):
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitnet_train.data.windows import document_numbers
+from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.losses.cross_entropy import Loss
@@ -14,9 +14,10 @@ from bitnet_train.training.schedules.factors import learning_rate, weight_decay
 def next_token_loss(decoder: Decoder, loss: Loss, ids: Tensor, bos_id: int | None) -> Tensor:
     """The loss of predicting ``ids[:, 1:]`` from ``ids[:, :-1]``.
 
-    ids (batch, tokens + 1). With ``bos_id``, which begins every document, tokens see their own document only.
+    ids (batch, tokens + 1), or (batch, 2, tokens + 1) with targets of -100 in the second row (``data.windows``). With
+    ``bos_id``, which begins every document, tokens see their own document only.
     """
-    inputs, targets = ids[:, :-1], ids[:, 1:]
+    inputs, targets = inputs_and_targets(ids)
     documents = None if bos_id is None else document_numbers(inputs, bos_id)
     return loss(decoder.hidden_states(inputs, documents), decoder.head_weight, targets)
 
