@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, check_data
+from bitnet_train.data.mixture import KEY as MIXTURE_KEY
+from bitnet_train.data.mixture import check_mixture
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
 from bitnet_train.export.config import ConvertConfig, ExportConfig, check_convert
@@ -126,6 +128,7 @@ def validate(cfg: Config) -> None:
     check_init(cfg.init, cfg.model.norms)
     check_init_overrides(cfg.model, cfg.init)
     check_data(cfg.data, cfg.model.context)
+    check_mixture(cfg.data, cfg.trainer.max_steps)
     if cfg.model.vocab < cfg.data.tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab={cfg.model.vocab} is smaller than data.tokenizer.vocab_size={cfg.data.tokenizer.vocab_size}: "
@@ -216,6 +219,8 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
 
 def unknown_key(key: str, kind: Any = None) -> str:
     """The sentence for a key that does not exist; ``kind`` is the dataclass where it was looked for, if known."""
+    if key.startswith(f"{MIXTURE_KEY}."):  # free names, checked with the corpus that they belong to
+        return f"{key} is not given yet: write it with a plus, +{key}=VALUE."
     parent, _, leaf = key.rpartition(".")
     options = VARIANTS.get(parent, {})
     chosen = next((name for name, option in options.items() if option is kind), None)

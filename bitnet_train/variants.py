@@ -20,31 +20,36 @@ Variant = TypeVar("Variant")
 TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "Boolean": "true or false"}
 
 
-def variant_from(plain: Any, registry: Mapping[str, type[Variant]], where: str) -> Variant:
-    """The dataclass of ``registry`` that ``plain["name"]`` names, with the other keys of ``plain`` as its fields.
+def variant_from(plain: Any, registry: Mapping[str, type[Variant]], where: str, choice: str = "name") -> Variant:
+    """The dataclass of ``registry`` that ``plain[choice]`` names, with the other keys of ``plain`` as its fields.
 
     Args:
         plain: a mapping, as YAML or the command line gives it.
         registry: name -> dataclass, such as ``CLIP_CONFIGS``.
         where: the key of the mapping in the configuration, for messages, such as ``clip.rules[0].clip``.
+        choice: the key that names the variant.
 
     Raises ConfigError when it is no mapping, has no or an unknown name, a key that its dataclass lacks, a value of the
     wrong type, or lacks a value that is needed.
     """
     names = ", ".join(registry)
-    if not isinstance(plain, Mapping) or plain.get("name") is None:
-        given = f", not '{plain}'" if not isinstance(plain, Mapping) else "; its name is missing"
-        raise ConfigError(f"{where} must be a mapping with a name, one of {names}{given}.")
-    name = str(plain["name"])
+    if not isinstance(plain, Mapping) or plain.get(choice) is None:
+        given = f", not '{plain}'" if not isinstance(plain, Mapping) else f"; its {choice} is missing"
+        raise ConfigError(f"{where} must be a mapping with a {choice}, one of {names}{given}.")
+    name = str(plain[choice])
     if name not in registry:
-        raise ConfigError(f"{where}.name={name} does not exist; choose one of {names}.{did_you_mean(name, registry)}")
+        raise ConfigError(
+            f"{where}.{choice}={name} does not exist; choose one of {names}.{did_you_mean(name, registry)}"
+        )
     kind = registry[name]
     own = [f.name for f in fields(kind) if f.name != "name"]  # type: ignore[arg-type]
     for key in map(str, plain):
-        if key != "name" and key not in own:
+        if key != choice and key not in own:
             raise ConfigError(f"{where}.{key} is not a configuration key: {_has(name, own)}{_hint(key, own, registry)}")
     try:
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(plain)))
+        made = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(kind), {k: v for k, v in plain.items() if k != choice})
+        )
     except OmegaConfBaseException as error:
         raise ConfigError(_sentence(error, where)) from None
     assert isinstance(made, kind)

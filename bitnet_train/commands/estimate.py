@@ -7,7 +7,11 @@ from rich.table import Table
 
 from bitnet_train.commands.console import make_console
 from bitnet_train.config import Config
-from bitnet_train.data.prepare import prepared
+from bitnet_train.data.config import MixtureCorpus
+from bitnet_train.data.describe import describe
+from bitnet_train.data.mixture import expected_samples
+from bitnet_train.data.prepare import prepared, shard_folder
+from bitnet_train.data.shards import MANIFEST, load_manifest
 from bitnet_train.errors import ConfigError
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
@@ -25,17 +29,20 @@ def run(cfg: Config) -> int:
     assert cfg.run_name is not None
     figures = estimate(cfg, cfg.export.dtype)
     tokens, remark = training_tokens(cfg)
+    corpora = corpus_epochs(cfg, figures)
     folder = Path(cfg.paths.runs) / cfg.run_name / "estimate"
     try:
         batch = ", batch" if cfg.trainer.batch_warmup else ""
         draw(cfg, f"{cfg.run_name}: learning rate, weight decay{batch}", folder / "schedule.png")
         content = figures.as_dict()
         content |= {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
+        content |= {"data": describe(cfg.data, cfg.trainer.max_steps), "corpus_epochs": corpora or None}
         write_atomically(folder / "estimate.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another with paths.runs=.") from None
     console.print(f"Estimate of {cfg.run_name}, from the configuration alone")
-    work = _work(figures, cfg, tokens, remark)
+    console.print(f"data: {describe(cfg.data, cfg.trainer.max_steps)}", markup=False)
+    work = _work(figures, cfg, tokens, remark, corpora)
     for table in (_parameters(figures), work, _memory(figures, cfg), _disk(figures, cfg), _curve(figures)):
         console.print()
         console.print(table)
@@ -55,6 +62,17 @@ def training_tokens(cfg: Config) -> tuple[int | None, str]:
     if manifest is None:
         return None, "known once the data are prepared"
     return int(manifest.splits["train"]["tokens"]), ""
+
+
+def corpus_epochs(cfg: Config, figures: Estimate) -> dict[str, float]:
+    """How often each corpus of a mixture is seen; empty for a single corpus and before the data are prepared."""
+    folder = shard_folder(cfg.data, Path(cfg.paths.data))
+    if not isinstance(cfg.data.corpus, MixtureCorpus) or not (folder / MANIFEST).is_file():
+        return {}
+    manifest = load_manifest(folder)
+    seen = expected_samples(cfg.data, cfg.trainer.max_steps, figures.batch.batch_sequences)
+    length = cfg.data.sequence_length
+    return {name: samples * length / manifest.splits[f"train/{name}"]["tokens"] for name, samples in seen.items()}
 
 
 def human(value: float, units: tuple[tuple[float, str], ...] = BYTE_UNITS) -> str:
@@ -87,7 +105,7 @@ def _parameters(figures: Estimate) -> Table:
     return table
 
 
-def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Table:
+def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str, corpora: dict[str, float]) -> Table:
     table = _table("Work (2 operations per weight and token; backward twice forward)", "what", "figure")
     plan = figures.batch
     for name, value in figures.forward_flops.items():
@@ -105,6 +123,8 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
         table.add_row("  trainer.micro_batch", figures.batch_assumption)
     table.add_row("tokens, whole run", f"{figures.tokens:,}")
     table.add_row("epochs", f"{figures.tokens / tokens:.2f} of {tokens:,} tokens" if tokens else remark)
+    for name, epochs in corpora.items():
+        table.add_row(f"  of {name}", f"{epochs:.2f}")
     return table
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from bitnet_train.commands.console import make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_yaml
+from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
@@ -58,12 +59,14 @@ def run(cfg: Config) -> int:
             console.print(f"{folder.path / REPORT_FILE} is not written: {error.strerror}", markup=False)
     if outcome.validation is not None:
         beside = ""
-        if cfg.data.validation_tokens is None:
+        masked = bool(chats(cfg.data.corpus))
+        if cfg.data.validation_tokens is None and not masked:
             others = compressed_bits_per_byte(split_text(cfg.data, "val").encode())
             beside = f" ({', '.join(f'{name}: {bits:.2f}' for name, bits in others.items())} on the same text)"
         result = outcome.validation
+        of = " that are learnt" if masked else ""
         figure = f"[bold]{result.bits_per_byte:.4f} bits per byte[/bold]"
-        console.print(f"{figure} on {result.bytes:,} held-out bytes{beside}")
+        console.print(f"{figure} on {result.bytes:,} held-out bytes{of}{beside}")
     console.print(f"run folder: {folder.path}; next: python -m bitnet_train command=export run={folder.path}")
     return 0
 

@@ -3,7 +3,8 @@
 Nothing has to be stored or replayed to resume: the state of the sampler is the number of samples consumed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 
 import numpy as np
@@ -52,7 +53,7 @@ class ConsumedBatchSampler(Sampler[list[int]]):
 
     Before them come those of ``early``, pairs (number of batches, samples in each). With ``world`` processes, process
     ``rank`` takes every world-th batch, so that together they consume the samples in the same order as one process
-    would.
+    would. ``order`` (sample number -> window) takes the place of :func:`sample_index`.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class ConsumedBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world: int = 1,
         early: Sequence[tuple[int, int]] = (),
+        order: Callable[[int], int] | None = None,
     ) -> None:
         self.size, self.batch, self.seed, self.consumed = size, batch, seed, consumed
         self.rank, self.world, self.early = rank, world, early
+        self.order = order or partial(sample_index, size=size, seed=seed)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -76,5 +79,5 @@ class ConsumedBatchSampler(Sampler[list[int]]):
         sizes = chain(*(repeat(size, count) for count, size in self.early), repeat(self.batch))
         for number, size in enumerate(sizes):
             if number % self.world == self.rank:
-                yield [sample_index(n, self.size, self.seed) for n in range(first, first + size)]
+                yield [self.order(n) for n in range(first, first + size)]
             first += size

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitnet_train.data.describe import describe
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.report import Check, VerificationReport
@@ -159,10 +160,9 @@ def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
     last = sessions[-1] if sessions else {}
     git, versions = last.get("git") or {}, last.get("versions", {})
     hardware = last.get("hardware", {})
-    corpus = getattr(cfg.data.corpus, "name", "-")
     tokens = f"{'up to ' if cfg.trainer.batch_warmup else ''}{cfg.trainer.batch_tokens:,}"
     return [
-        ("data", f"{corpus}, sequences of {cfg.data.sequence_length} tokens"),
+        ("data", f"{describe(cfg.data, cfg.trainer.max_steps)}, sequences of {cfg.data.sequence_length} tokens"),
         ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {tokens} tokens each"),
         ("optimizer", f"{cfg.optimizer.name}, peak learning rate {cfg.optimizer.lr:g}, schedule {cfg.schedule.name}"),
         *_objective(cfg),

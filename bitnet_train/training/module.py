@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from bitnet_train.data.windows import document_numbers
+from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
@@ -66,13 +66,13 @@ class PretrainingModule(L.LightningModule):
         return next_token_loss(self.decoder, self.loss, ids, self.bos_id, taught)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Final states (batch, tokens, hidden) of ids (batch, tokens + 1), whose last token is only a target."""
-        inputs = ids[:, :-1]
+        """Final states (batch, tokens, hidden) of a micro-batch, as :func:`next_token_loss` takes it."""
+        inputs, _ = inputs_and_targets(ids)
         documents = None if self.bos_id is None else document_numbers(inputs, self.bos_id)
         return self.decoder.hidden_states(inputs, documents)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        taught = None if self._teach is None else self._teach(batch[:, :-1], self.bos_id)
+        taught = None if self._teach is None else self._teach(inputs_and_targets(batch)[0], self.bos_id)
         parts = self._compute(batch, taught)
         self._parts.append(parts.detached())
         return parts.total if self._micro_batches is None else parts.total * self._micro_batches

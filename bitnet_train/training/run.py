@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
 
+from bitnet_train.data.config import MixtureCorpus
+from bitnet_train.data.mixture import stages
 from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError
@@ -108,8 +110,9 @@ def train(
     loss stops being a number.
     """
     checked = verify_shards(shards, manifest, cfg.data.verify)
-    tokens = manifest.splits["train"]["tokens"]
-    console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
+    entry = manifest.splits["train"]
+    learnt = f" ({entry['learnt']:,} of them learnt)" if "learnt" in entry else ""
+    console.print(f"data: {entry['tokens']:,} training tokens{learnt} in {shards}; checked {checked}", markup=False)
     if first >= cfg.trainer.max_steps and (first or start is not None):
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)
@@ -172,13 +175,15 @@ def train(
         remembered["micro_batch_search"] = found.as_dict()
         cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    data = ShardDataModule(cfg.data, shards, manifest, plan, cfg.seed)
-    epochs = plan.consumed(cfg.trainer.max_steps) / len(data.train_windows)
+    mixed = stages(cfg.data, cfg.trainer.max_steps) if isinstance(cfg.data.corpus, MixtureCorpus) else None
+    data = ShardDataModule(cfg.data, shards, manifest, plan, cfg.seed, mixed)
+    for line in data.mixture():
+        console.print(line, markup=False)
     early = f" after a warm-up of {plan.warmup_text(cfg.data.sequence_length)}" if plan.warmup else ""
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
         f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.data.sequence_length}){early}, "
-        f"{epochs:.2f} epochs",
+        f"{data.epochs(cfg.trainer.max_steps)}",
         markup=False,
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile, teacher)

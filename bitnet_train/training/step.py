@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitnet_train.data.windows import document_numbers
+from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.losses.parts import Loss, LossParts, Taught
@@ -16,10 +16,11 @@ def next_token_loss(
 ) -> LossParts:
     """The loss of predicting ``ids[:, 1:]`` from ``ids[:, :-1]``.
 
-    ids (batch, tokens + 1). With ``bos_id``, which begins every document, tokens see their own document only.
-    ``taught`` is what the loss's teacher, if it has one, says about ``ids[:, :-1]``.
+    ids (batch, tokens + 1), or (batch, 2, tokens + 1) with targets of -100 in the second row (``data.windows``). With
+    ``bos_id``, which begins every document, tokens see their own document only.
+    ``taught`` is what the loss's teacher, if it has one, says about the inputs.
     """
-    inputs, targets = ids[:, :-1], ids[:, 1:]
+    inputs, targets = inputs_and_targets(ids)
     documents = None if bos_id is None else document_numbers(inputs, bos_id)
     collector = loss.collector()
     states = decoder.hidden_states(inputs, documents, collector=collector)

@@ -52,7 +52,7 @@ class TrainingProgress(StepCallback):
             self._shown = self.validation.result
             self.console.print(
                 f"step {step:>6}/{total}  validation loss {self._shown.loss:.4f}  "
-                f"[bold]{self._shown.bits_per_byte:.4f} bits per byte[/bold]"
+                f"[bold]{self._shown.bits_per_byte:.4f} bits per byte[/bold]{self._by_corpus()}"
             )
         elif self._bar is None and self.metrics.row and time.monotonic() - self._line_at > SECONDS_BETWEEN_LINES:
             self._line_at = time.monotonic()
@@ -73,6 +73,10 @@ class TrainingProgress(StepCallback):
         if self.validation.result is not None:
             parts.append(f"val {self.validation.result.bits_per_byte:.3f} bpb")
         return "  ".join(parts)
+
+    def _by_corpus(self) -> str:
+        found = self.validation.by_corpus
+        return f" ({', '.join(f'{name} {loss.bits_per_byte:.4f}' for name, loss in found.items())})" if found else ""
 
     def _left(self, step: int, total: int) -> str:
         done, seconds = step - self._start[0], time.monotonic() - self._start[1]
