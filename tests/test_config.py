@@ -78,6 +78,7 @@ ALLOWED = {
     "logger": "logger=wandb",
     "checkpoint": "checkpoint.every_steps=3",
     "samples": "samples.temperature=0.1",
+    "telemetry": "telemetry.every_steps=7",
     "kernels": "kernels.backend=reference",
     "trainer.max_steps": "trainer.max_steps=900",
     "trainer.validate_every": "trainer.validate_every=7",

@@ -70,7 +70,7 @@ def corpus_epochs(cfg: Config, figures: Estimate) -> dict[str, float]:
     if not isinstance(cfg.data.corpus, MixtureCorpus) or not (folder / MANIFEST).is_file():
         return {}
     manifest = load_manifest(folder)
-    seen = expected_samples(cfg.data, cfg.trainer.max_steps, figures.batch.batch_sequences)
+    seen = expected_samples(cfg.data, cfg.trainer.max_steps, figures.batch.consumed)
     length = cfg.data.sequence_length
     return {name: samples * length / manifest.splits[f"train/{name}"]["tokens"] for name, samples in seen.items()}
 

@@ -5,7 +5,7 @@ No torch here: the checks answer when a recipe is composed, and ``estimate`` cou
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bitnet_train.data.config import (
@@ -131,14 +131,17 @@ def block_counts(weights: Mapping[str, float], key: str) -> tuple[int, ...]:
     return tuple(counts.values())
 
 
-def expected_samples(cfg: DataConfig, max_steps: int, batch_sequences: int) -> dict[str, float]:
-    """About how many windows of each corpus a whole run sees (exact but for the last block of each stage)."""
+def expected_samples(cfg: DataConfig, max_steps: int, consumed: Callable[[int], int]) -> dict[str, float]:
+    """About how many windows of each corpus a whole run sees (exact but for the last block of each stage).
+
+    ``consumed`` gives the windows before a step.
+    """
     assert isinstance(cfg.corpus, MixtureCorpus)
     names, run = list(parts(cfg.corpus)), stages(cfg, max_steps)
     seen = dict.fromkeys(names, 0.0)
     for stage, end in zip(run, [*(later.step for later in run[1:]), max_steps], strict=True):
         for name, count in zip(names, stage.counts, strict=True):
-            seen[name] += (end - stage.step) * batch_sequences * count / BLOCK
+            seen[name] += (consumed(end) - consumed(stage.step)) * count / BLOCK
     return seen
 
 

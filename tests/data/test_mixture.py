@@ -144,7 +144,7 @@ def test_stages_by_step_and_by_share() -> None:
     found = stages(cfg, 100)
     assert [stage.step for stage in found] == [0, 10, 50]
     assert [stage.counts for stage in found] == [(250, 750), (0, 1000), (500, 500)]
-    assert expected_samples(cfg, 100, batch_sequences=8) == {
+    assert expected_samples(cfg, 100, lambda step: 8 * step) == {
         "code": pytest.approx(8 * (10 * 0.25 + 50 * 0.5)),
         "web": pytest.approx(8 * (10 * 0.75 + 40 + 50 * 0.5)),
     }
@@ -173,9 +173,9 @@ def test_a_weight_of_0_waits_for_its_stage() -> None:
         ([1], "corpora names no corpora"),
         ({"a b": {"corpus": "stdlib"}}, "corpora.a b: a name is letters"),
         ({"a": "stdlib"}, "corpora.a must be a mapping"),
-        ({"a": {"weight": 1}}, "corpora.a lacks 'corpus'"),
+        ({"a": {"weight": 1}}, "corpora.a must be a mapping with a corpus, one of"),
         ({"a": {"corpus": "mixture"}}, "corpora.a.corpus=mixture does not exist"),
-        ({"a": {"corpus": "files", "pth": "x"}}, "corpora.a.pth is not a setting of corpus: files"),
+        ({"a": {"corpus": "files", "pth": "x"}}, "corpora.a.pth is not a configuration key: files has"),
         (
             {"a": {"corpus": "files", "path": "x", "validation_every": 3}},
             "corpora.a.validation_every must be at least 8",
