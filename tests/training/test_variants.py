@@ -32,6 +32,9 @@ VARIANTS = [
     "clip=none",
     "init=normal init.sub_norm_gain=1.0",
     "kernels.backend=reference",
+    "loss.z_loss=1e-3 loss.reduction=sum trainer.micro_batch=4",
+    "regulariser=codes regulariser.distance=absolute regulariser.start=1",
+    "regulariser=entropy regulariser.floor=1.585 quant.weight.groups=4",
 ]
 
 
