@@ -12,10 +12,11 @@ from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.config import DecoderConfig, NormalInit
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
-from bitnet_train.quant.weights import quantise_weight
+from bitnet_train.quant.weights import Codes, masters_from_codes, quantise_weight
 from bitnet_train.training.regularisers.config import (
     CodeDistance,
     CodesRegulariser,
+    CodeTarget,
     EntropyRegulariser,
     NoRegulariser,
     RegulariserConfig,
@@ -24,39 +25,67 @@ from bitnet_train.training.regularisers.config import (
 )
 from bitnet_train.training.regularisers.penalties import build_regulariser, code_penalty, entropy_penalty
 from tests.training.conftest import Workspace
+from tests.training.in_process import InProcess
 
 CFG = DecoderConfig(hidden=32, layers=2, heads=2, kv_heads=1, ffn=64, context=64, vocab=97)
 
 
-def weight_and_codes(groups: int = 1, scheme: str = "ternary") -> tuple[Tensor, Tensor, Tensor]:
+def weight_and_codes(groups: int = 1, scheme: str = "ternary") -> tuple[Tensor, Codes]:
     weight = torch.randn(8, 24)
-    codes = quantise_weight(weight, LayerQuant(scheme, groups=groups))
-    return weight, codes.codes, codes.row_scale()
+    return weight, quantise_weight(weight, LayerQuant(scheme, groups=groups))
 
 
 @pytest.mark.parametrize("distance", CodeDistance)
 def test_the_distance_from_codes_by_hand(distance: CodeDistance) -> None:
     # u = w / 2 is 0.25, 1.5, -1; off by 0.25, 0.5, 0.
-    weight, codes = torch.tensor([[0.5, 3.0, -2.0]]), torch.tensor([[0, 1, -1]], dtype=torch.int8)
-    value, grad = code_penalty(weight, codes, torch.tensor([2.0]), distance)
+    weight = torch.tensor([[0.5, 3.0, -2.0]])
+    codes = Codes(torch.tensor([[0, 1, -1]], dtype=torch.int8), torch.tensor([2.0]))
+    value, grad = code_penalty(weight, codes, distance, CodeTarget.scale)
     if distance is CodeDistance.squared:
         assert float(value) == pytest.approx((0.0625 + 0.25) / 3)
         assert grad.tolist()[0] == pytest.approx([2 * 0.25 / 2 / 3, 2 * 0.5 / 2 / 3, 0.0])
     else:
         assert float(value) == pytest.approx(0.25)
         assert grad.tolist()[0] == pytest.approx([1 / 6, 1 / 6, 0.0])
+    # Two codes of three are nonzero, so their fixed point is at 1.5 scales.
+    value, _ = code_penalty(weight, codes, distance, CodeTarget.fixed_point)
+    assert float(value) == pytest.approx((0.0625 + 0 + 0.25) / 3 if distance is CodeDistance.squared else 0.25)
 
 
 @pytest.mark.parametrize("distance", CodeDistance)
+@pytest.mark.parametrize("target", CodeTarget)
 @pytest.mark.parametrize("scheme", ["ternary", "binary"])
-def test_the_gradient_of_the_distance_is_autograds(distance: CodeDistance, scheme: str) -> None:
-    weight, codes, row_scale = weight_and_codes(groups=4, scheme=scheme)
+def test_the_gradient_of_the_distance_is_autograds(distance: CodeDistance, target: CodeTarget, scheme: str) -> None:
+    weight, codes = weight_and_codes(groups=4, scheme=scheme)
     leaf = weight.clone().requires_grad_()
-    off = (leaf - codes * row_scale[:, None]) / row_scale[:, None]
+    places = codes.dequantise()
+    if target is CodeTarget.fixed_point:
+        places = masters_from_codes(codes, LayerQuant(scheme, groups=4))
+    off = (leaf - places) / codes.row_scale()[:, None]
     wanted = off.square().mean() if distance is CodeDistance.squared else off.abs().mean()
-    value, grad = code_penalty(weight, codes, row_scale, distance)
+    value, grad = code_penalty(weight, codes, distance, target)
     torch.testing.assert_close(value, wanted.detach())
     torch.testing.assert_close(grad, torch.autograd.grad(wanted, leaf)[0])
+
+
+def test_only_the_fixed_point_is_one() -> None:
+    scales = {}
+    for target in CodeTarget:
+        weight, layer = torch.randn(32, 64), LayerQuant()
+        before = quantise_weight(weight, layer)
+        for _ in range(300):
+            codes = quantise_weight(weight, layer)
+            weight = (
+                weight
+                - 0.05 * weight.numel() * codes.scale**2 * code_penalty(weight, codes, CodeDistance.squared, target)[1]
+            )
+        after = quantise_weight(weight, layer)
+        scales[target] = float(after.scale / before.scale)
+        if target is CodeTarget.fixed_point:
+            assert torch.equal(after.codes, before.codes)
+            assert float(code_penalty(weight, after, CodeDistance.squared, target)[0]) < 1e-6
+    assert scales[CodeTarget.fixed_point] == pytest.approx(1, abs=0.1)
+    assert scales[CodeTarget.scale] < 0.1
 
 
 def soft_entropy(weight: Tensor, row_scale: Tensor, threshold: float, temperature: float) -> Tensor:
@@ -68,7 +97,8 @@ def soft_entropy(weight: Tensor, row_scale: Tensor, threshold: float, temperatur
 
 @pytest.mark.parametrize(("threshold", "temperature"), [(0.5, 0.1), (0.7, 0.5), (0.5, 2.0)])
 def test_the_gradient_of_the_entropy_is_autograds(threshold: float, temperature: float) -> None:
-    weight, _, row_scale = weight_and_codes(groups=2)
+    weight, codes = weight_and_codes(groups=2)
+    row_scale = codes.row_scale()
     leaf = weight.clone().requires_grad_()
     entropy = soft_entropy(leaf, row_scale, threshold, temperature)
     value, grad = entropy_penalty(weight, row_scale, threshold, math.log2(3), temperature)
@@ -77,16 +107,16 @@ def test_the_gradient_of_the_entropy_is_autograds(threshold: float, temperature:
 
 
 def test_above_the_floor_nothing_is_penalised() -> None:
-    weight, _, row_scale = weight_and_codes()
-    value, grad = entropy_penalty(weight, row_scale, 0.5, 0.5, 0.1)
+    weight, codes = weight_and_codes()
+    value, grad = entropy_penalty(weight, codes.row_scale(), 0.5, 0.5, 0.1)
     assert float(value) == 0
     assert not grad.any()
 
 
 def test_at_a_low_temperature_it_is_the_entropy_of_the_codes() -> None:
-    weight, codes, row_scale = weight_and_codes()
-    shares = torch.bincount((codes + 1).flatten().long(), minlength=3) / codes.numel()
-    value, _ = entropy_penalty(weight, row_scale, 0.5, math.log2(3), 1e-4)
+    weight, codes = weight_and_codes()
+    shares = torch.bincount((codes.codes + 1).flatten().long(), minlength=3) / weight.numel()
+    value, _ = entropy_penalty(weight, codes.row_scale(), 0.5, math.log2(3), 1e-4)
     assert math.log2(3) - float(value) == pytest.approx(float(-(shares * shares.log2()).sum()), abs=1e-4)
     # Equal shares of the three codes have the largest entropy, one code alone none.
     thirds = torch.tensor([[-1.0, 0.0, 1.0]])
@@ -159,6 +189,7 @@ def test_settings_that_cannot_be_are_refused(cfg: RegulariserConfig, spec: Quant
 
 
 def test_runs_are_regularised_and_continued_bit_for_bit(workspace: Workspace) -> None:
+    workspace = InProcess(workspace.folder)
     settings = ("regulariser=codes", "regulariser.start=2", "regulariser.ramp=2", "loss.z_loss=1e-2")
     code, output = workspace.run(*settings, "run_name=whole", "trainer.max_steps=6", "schedule=constant")
     assert code == 0, output

@@ -42,6 +42,9 @@ VARIANTS = [
     'clip=by_pattern clip.rules=[{pattern:"*",clip:{name:norm}},{pattern:"*proj*",clip:{name:zscore,warmup:2}}]',
     "init=normal init.sub_norm_gain=1.0",
     "kernels.backend=reference",
+    "loss.z_loss=1e-3 loss.reduction=sum trainer.micro_batch=4",
+    "regulariser=codes regulariser.distance=absolute regulariser.start=1",
+    "regulariser=entropy regulariser.floor=1.585 quant.weight.groups=4",
 ]
 
 

@@ -32,13 +32,21 @@ class CodeDistance(Enum):
     absolute = "absolute"
 
 
+class CodeTarget(Enum):
+    """Where a weight with a nonzero code is pulled to: the magnitude at which the quantiser gives these codes and this
+    scale back, which is scale / share of nonzero codes, or the scale itself."""
+
+    fixed_point = "fixed_point"
+    scale = "scale"
+
+
 @dataclass
 class ScheduledRegulariser(RegulariserConfig):
     """Base of those whose strength follows the step; the penalty is added to the loss with its strength."""
 
-    # Factor of the penalty, which is a mean over layers and their weights: what pulls at one weight is divided by the
-    # number of all weights, so strengths are large.
-    strength: float = 100.0
+    # Factor of the penalty. The penalty is a mean over layers and their weights, so what pulls at one weight is divided
+    # by the number of all weights, and larger models take larger strengths.
+    strength: float = 10.0
     # First step at which it acts; below 1 that share of the run.
     start: float = 0.0
     # Steps over which it then grows, in equal parts, to its full strength; below 1 that share of the run, 0 at once.
@@ -47,7 +55,7 @@ class ScheduledRegulariser(RegulariserConfig):
 
 @dataclass
 class CodesRegulariser(ScheduledRegulariser):
-    """Pulls weights towards code * scale (mean squared quantisation error, arXiv 1809.00095)."""
+    """Pulls weights towards their codes (mean squared quantisation error, arXiv 1809.00095)."""
 
     name: str = "codes"
     # First step at which it acts; below 1 that share of the run. The first half is left to find the codes.
@@ -56,6 +64,10 @@ class CodesRegulariser(ScheduledRegulariser):
     ramp: float = 0.25
     # squared, or absolute (a pull that does not weaken near the code).
     distance: CodeDistance = CodeDistance.squared
+    # fixed_point: scale / share of nonzero codes. scale: the value in the forward pass. The scale is the mean magnitude
+    # of all weights, zeros included, so weights that reach it make the next scale smaller: with target=scale and more
+    # than a little strength a ternary layer's weights shrink without end. (For binary layers both are the same.)
+    target: CodeTarget = CodeTarget.fixed_point
 
 
 @dataclass

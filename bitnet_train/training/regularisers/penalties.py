@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
+from bitnet_train.quant.weights import Codes
 from bitnet_train.training.regularisers.config import (
     CodeDistance,
     CodesRegulariser,
+    CodeTarget,
     EntropyRegulariser,
     NoRegulariser,
     RegulariserConfig,
@@ -27,16 +29,23 @@ from bitnet_train.training.regularisers.config import (
 Penalty = tuple[Tensor, Tensor]
 
 
-def code_penalty(weight: Tensor, codes: Tensor, row_scale: Tensor, distance: CodeDistance) -> Penalty:
-    """The mean over weights of ``(w / s - c)^2`` or ``|w / s - c|``: the squared quantisation error in units of s^2.
+def code_penalty(weight: Tensor, codes: Codes, distance: CodeDistance, target: CodeTarget) -> Penalty:
+    """The mean over weights of ``(w / s - c * m)^2`` or ``|w / s - c * m|``, with s the scale of the weight's group.
 
-    weight and codes (out, in), row_scale (out,). The mean squared quantisation error as a regulariser is that of
-    arXiv 1809.00095; here it is measured in each layer's own scale, so that layers of any spread count alike::
+    weight (out, in). With ``target=scale``, m = 1: the mean squared quantisation error, a regulariser of arXiv
+    1809.00095, here in units of each group's own scale, so that layers of any spread count alike. With
+    ``target=fixed_point``, m = 1 / share of nonzero codes in the group: where all weights lie there, the mean magnitude
+    is s, so codes and scale stay. With n weights::
 
-        d/dw = 2 * (w / s - c) / (s * n)     or     sign(w / s - c) / (s * n)
+        d/dw = 2 * (w / s - c * m) / (s * n)     or     sign(w / s - c * m) / (s * n)
     """
-    scale = row_scale[:, None]
-    off = weight.detach().float() / scale - codes
+    scale = codes.row_scale()[:, None]
+    wanted = codes.codes.float()
+    if target is CodeTarget.fixed_point:
+        nonzero = wanted.abs().reshape(len(codes.scale), -1)
+        share = nonzero.mean(1, keepdim=True).clamp(min=1 / nonzero.shape[1])
+        wanted = (wanted.reshape(len(codes.scale), -1) / share).reshape(wanted.shape)
+    off = weight.detach().float() / scale - wanted
     if distance is CodeDistance.squared:
         return off.square().mean(), off * (2 / (off.numel() * scale))
     return off.abs().mean(), off.sign() / (off.numel() * scale)
@@ -103,8 +112,7 @@ class Regulariser:
 
 
 def _codes(cfg: CodesRegulariser, layer: BitLinear) -> Penalty:
-    quantised = layer.quantised()
-    return code_penalty(layer.weight, quantised.codes, quantised.row_scale(), cfg.distance)
+    return code_penalty(layer.weight, layer.quantised(), cfg.distance, cfg.target)
 
 
 def _entropy(cfg: EntropyRegulariser, layer: BitLinear) -> Penalty:
