@@ -94,8 +94,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
     "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "logger",
-    "checkpoint", "samples", "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
-    "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
+    "checkpoint", "samples", "kernels", "guard.max_rollbacks", "trainer.max_steps", "trainer.validate_every",
+    "trainer.log_every", "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify",
+    "data.rebuild",
 )  # fmt: skip
 
 

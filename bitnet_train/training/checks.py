@@ -5,6 +5,7 @@ from bitnet_train.nn.config import initial_source
 from bitnet_train.nn.layout import parameter_table
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, step_sequences
+from bitnet_train.training.guard.config import check_guard
 from bitnet_train.training.optimizers.config import check_optimizer
 from bitnet_train.training.schedules.factors import check_schedule
 
@@ -14,6 +15,7 @@ def check_training(cfg: RunConfig) -> None:
     check_trainer(cfg)
     check_optimizer(cfg.optimizer)
     check_clip(cfg.clip, [p.name for p in parameter_table(cfg.model)], cfg.trainer.max_steps)
+    check_guard(cfg.guard)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)

@@ -1,5 +1,5 @@
-"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``loss``, ``trainer``,
-``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
+"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``guard``, ``loss``,
+``trainer``, ``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +12,7 @@ from bitnet_train.kernels.config import KernelConfig
 from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.training.clipping.config import ClipConfig, NormClip
+from bitnet_train.training.guard.config import GuardConfig
 from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
@@ -97,6 +98,8 @@ class RunConfig:
     weight_decay_schedule: ScheduleConfig = field(default_factory=ConstantSchedule)
     # Gradient clipping.
     clip: ClipConfig = field(default_factory=NormClip)
+    # Which steps are skipped, and when the run goes back to a checkpoint.
+    guard: GuardConfig = field(default_factory=GuardConfig)
     # What is minimised.
     loss: LossConfig = field(default_factory=CrossEntropyLoss)
     # Steps, batches, precision and hardware.

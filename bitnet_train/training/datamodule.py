@@ -35,15 +35,24 @@ class ShardDataModule(L.LightningDataModule):
         batch_sequences: sequences per optimizer step.
         micro_batch: sequences per forward.
         seed: chooses the order of the windows.
+        resume_at: samples behind which to start, in place of those that a checkpoint says were consumed.
     """
 
     def __init__(
-        self, cfg: DataConfig, folder: Path, manifest: Manifest, batch_sequences: int, micro_batch: int, seed: int
+        self,
+        cfg: DataConfig,
+        folder: Path,
+        manifest: Manifest,
+        batch_sequences: int,
+        micro_batch: int,
+        seed: int,
+        resume_at: int | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.manifest, self.seed = cfg, manifest, seed
         self.batch_sequences, self.micro_batch = batch_sequences, micro_batch
-        self.consumed = self._first_step = 0
+        self.resume_at = resume_at
+        self.consumed, self._first_step = resume_at or 0, 0
         self.train_windows = Windows(TokenArray(folder, manifest, "train"), cfg.sequence_length)
         self.val_windows = Windows(
             TokenArray(folder, manifest, "val"), cfg.sequence_length, partial=True, limit=cfg.validation_tokens
@@ -86,4 +95,5 @@ class ShardDataModule(L.LightningDataModule):
         return {"step": step, "consumed": consumed, "fingerprint": self.manifest.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.consumed, self._first_step = state["consumed"], state["step"]
+        self.consumed = state["consumed"] if self.resume_at is None else self.resume_at
+        self._first_step = state["step"]

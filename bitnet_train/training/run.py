@@ -1,5 +1,6 @@
 """A training run from configuration to finished folder: build, continue or start, fit."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from bitnet_train.nn.layout import parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
+from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
 from bitnet_train.training.callbacks.samples import Samples, cut_samples
@@ -36,6 +38,7 @@ from bitnet_train.training.callbacks.validation import Validation
 from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
+from bitnet_train.training.guard.events import Rollback, cut_rollbacks, go_back, resume_point
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.micro_batch import find_micro_batch
@@ -47,11 +50,14 @@ from bitnet_train.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """How a run ended: the steps done, the last validation, and 0 or the exit code of the signal that stopped it."""
+    """How a run ended: the steps done, the last validation, 0 or the exit code of the signal that stopped it, whether
+    the last step is saved, and the step of the checkpoint that the run has to go back to, if any."""
 
     step: int
     validation: TextLoss | None
     exit_code: int
+    saved: bool = True
+    back_to: int | None = None
 
 
 def check_start(path: Path, cfg: RunConfig, manifest: Manifest) -> int:
@@ -98,9 +104,34 @@ def train(
     :func:`check_start`), from the weights of ``init.from``, or from new ones.
 
     Steps already done are not done again: metrics and samples past the checkpoint are cut, and the run goes on
-    bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
-    loss stops being a number.
+    bit for bit as if it had never stopped. Where the guard has the run go back to its last checkpoint, everything is
+    made again from that, as in a new process. Raises ConfigError for input that does not fit and DivergedError when the
+    loss stops being a number or the run has gone back too often.
     """
+    while True:
+        outcome = _train_from(cfg, folder, run_name, shards, manifest, start, first, initial, console)
+        if outcome.back_to is None:
+            return outcome
+        if outcome.back_to != first:
+            start, first = folder.last_checkpoint, outcome.back_to
+        gc.collect()  # before the next model is made: Lightning's objects refer to each other
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _train_from(
+    cfg: RunConfig,
+    folder: RunFolder,
+    run_name: str,
+    shards: Path,
+    manifest: Manifest,
+    start: Path | None,
+    first: int,
+    initial: InitialWeights | None,
+    console: Console,
+) -> TrainingOutcome:
+    """Train until the end, a signal, or a return to the last checkpoint, which is in divergence.jsonl by then."""
     checked = verify_shards(shards, manifest, cfg.data.verify)
     tokens = manifest.splits["train"]["tokens"]
     console.print(f"data: {tokens:,} training tokens in {shards}; checked {checked}", markup=False)
@@ -152,7 +183,9 @@ def train(
         remembered["micro_batch_search"] = found.as_dict()
         cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
-    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed)
+    rollbacks = cut_rollbacks(folder.divergence_file, first)
+    behind = resume_point(rollbacks, first)
+    data = ShardDataModule(cfg.data, shards, manifest, plan.batch_sequences, plan.micro_batch, cfg.seed, behind)
     epochs = cfg.trainer.max_steps * plan.batch_sequences / len(data.train_windows)
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
@@ -172,11 +205,13 @@ def train(
     validation = Validation(clock, data, tokenizer.byte_lengths())
     checkpoints = Checkpoints(clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
+    guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
         metrics,
         validation,
         Samples(clock, tokenizer, folder.samples_file),
         TrainingProgress(console, metrics, validation),
+        guard,  # before the checkpoint, which is not saved when the run goes back
         checkpoints,
         # Behind the checkpoint: what other people's tasks may raise costs no step.
         Tasks(clock, tokenizer, folder.evaluations_file),
@@ -213,7 +248,14 @@ def train(
             learning = decoder.training
             step = trainer.global_step + learning
             raise ConfigError(training_advice(plan, cfg.data.sequence_length, step, saved, learning)) from None
-    return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
+    step = trainer.global_step
+    good = checkpoints.saved_step if checkpoints.saved_step >= 0 else first
+    if guard.reason is None or stop.exit_code:
+        return TrainingOutcome(step, validation.result, stop.exit_code, checkpoints.saved_step == step)
+    left_out = (step - good) * plan.batch_sequences
+    rollback = Rollback(step, good, data.state_dict()["consumed"], left_out, f"skipped {guard.reason}")
+    go_back(rollback, rollbacks, cfg.guard.max_rollbacks, folder, console)
+    return TrainingOutcome(step, None, 0, False, good)
 
 
 def _loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:

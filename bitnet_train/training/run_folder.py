@@ -24,6 +24,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.csv"
         self.samples_file = path / "samples.md"
         self.evaluations_file = path / "evaluations.jsonl"
+        self.divergence_file = path / "divergence.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.exports = path / "export"

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers.logger import Logger
 
 COLUMNS = (
     "step", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "lr", "weight_decay", "grad_norm",
-    "clip_threshold", "grad_norm_clipped", "tokens_per_second", "model_flops_share", "codes/zeros", "codes/flips",
-    "elapsed_seconds",
+    "clip_threshold", "grad_norm_clipped", "skipped", "tokens_per_second", "model_flops_share", "codes/zeros",
+    "codes/flips", "elapsed_seconds",
 )  # fmt: skip
 
 
