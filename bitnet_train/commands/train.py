@@ -50,6 +50,10 @@ def run(cfg: Config) -> int:
     outcome = train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
+        if not outcome.saved:
+            where = (
+                f"stopped at step {outcome.step}, which is not worth saving; checkpoints are in {folder.checkpoints}"
+            )
         console.print(f"{where}; the same command continues the run")
         return outcome.exit_code
     if folder.metrics_file.is_file():

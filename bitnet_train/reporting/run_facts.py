@@ -63,6 +63,7 @@ def run_charts(metrics: Metrics) -> list[Chart]:
         Chart("Learning rate", [Line("lr", *metrics.series("lr"))]),
         Chart("Weight decay", [Line("weight decay", *metrics.series("weight_decay"))]),
         Chart("Gradient norm before and after clipping", [line for line in norm if line.steps], logarithmic=True),
+        Chart("Steps skipped by the guard", [Line("skipped", *metrics.series("skipped"))]),
         Chart("Tokens per second", [Line("tokens/s", *metrics.series("tokens_per_second"))]),
         Chart("Share of codes that are zero", [Line("zeros", *metrics.series("codes/zeros"))]),
         Chart("Share of codes that flip in a step", [Line("flips", *metrics.series("codes/flips"))], logarithmic=True),

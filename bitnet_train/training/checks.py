@@ -6,6 +6,7 @@ from bitnet_train.nn.layout import parameter_table
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, batch_plan, micro_batches
+from bitnet_train.training.guard.config import check_guard
 from bitnet_train.training.losses.config import check_loss
 from bitnet_train.training.optimizers.config import check_optimizer
 from bitnet_train.training.regularisers.config import check_regulariser
@@ -21,6 +22,7 @@ def check_training(cfg: RunConfig) -> None:
     check_clip(cfg.clip, [p.name for p in parameters], cfg.trainer.max_steps)
     check_telemetry(cfg.telemetry)
     check_loss(cfg.loss, cfg.model)
+    check_guard(cfg.guard)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)

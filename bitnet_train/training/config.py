@@ -1,4 +1,4 @@
-"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``loss``,
+"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``guard``, ``loss``,
 ``regulariser``, ``trainer``, ``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
 
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from bitnet_train.nn.config import DecoderConfig, InitConfig, NormalInit
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.training.batch_warmup import BatchPlan, BatchStage, BatchStageConfig, batch_stages, even_cuts
 from bitnet_train.training.clipping.config import ClipConfig, NormClip
+from bitnet_train.training.guard.config import GuardConfig
 from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
@@ -103,6 +104,8 @@ class RunConfig:
     weight_decay_schedule: ScheduleConfig = field(default_factory=ConstantSchedule)
     # Gradient clipping.
     clip: ClipConfig = field(default_factory=NormClip)
+    # Which steps are skipped, and when the run goes back to a checkpoint.
+    guard: GuardConfig = field(default_factory=GuardConfig)
     # What is minimised.
     loss: LossConfig = field(default_factory=CrossEntropyLoss)
     # A penalty on the weights that is added to it.

@@ -38,6 +38,7 @@ class ShardDataModule(L.LightningDataModule):
         plan: sequences per optimizer step and per forward.
         seed: chooses the order of the windows.
         stages: of a mixture, from ``data.mixture.stages``.
+        resume_at: samples behind which to start, in place of those that a checkpoint says were consumed.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class ShardDataModule(L.LightningDataModule):
         plan: BatchPlan,
         seed: int,
         stages: list[Stage] | None = None,
+        resume_at: int | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.manifest, self.plan, self.seed, self.stages = cfg, manifest, plan, seed, stages or []
-        self.consumed = self._first_step = 0
+        self.resume_at = resume_at
+        self.consumed, self._first_step = resume_at or 0, 0
         self._saved_mixture: dict[str, Any] | None = None
         # Windows of each corpus of a mixture; of a single corpus under "".
         names = {name: f"/{name}" for name in manifest.corpora} or {"": ""}
@@ -164,7 +167,8 @@ class ShardDataModule(L.LightningDataModule):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.consumed, self._first_step = state["consumed"], state["step"]
+        self.consumed = state["consumed"] if self.resume_at is None else self.resume_at
+        self._first_step = state["step"]
         self._saved_mixture = state.get("mixture")
 
 

@@ -12,12 +12,13 @@ from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, batch_plan
+from bitnet_train.training.guard.rule import build_guard
 from bitnet_train.training.losses.build import build_loss
 from bitnet_train.training.losses.config import CrossEntropyLoss, Reduction
 from bitnet_train.training.losses.parts import LossParts, Taught
 from bitnet_train.training.optimizers.build import build_optimizer
 from bitnet_train.training.regularisers.penalties import build_regulariser
-from bitnet_train.training.step import next_token_loss, set_step_rates
+from bitnet_train.training.step import clip_gradients, next_token_loss, set_step_rates
 from bitnet_train.training.teachers.resume import TEACHER
 from bitnet_train.training.teachers.teacher import Teacher
 
@@ -37,6 +38,7 @@ class PretrainingModule(L.LightningModule):
         super().__init__()
         self.cfg = cfg
         self.decoder = decoder
+        self.guard = build_guard(cfg.guard)
         self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
         self.bos_id = bos_id if cfg.data.attend_within_documents else None
         self.loss = build_loss(cfg.loss, cfg.model)
@@ -92,11 +94,11 @@ class PretrainingModule(L.LightningModule):
             checkpoint[TEACHER] = self.teacher.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fit what Lightning is about to restore to this run's accumulation and clip rule.
+        """Fit what Lightning is about to restore to this run's accumulation, clip rule and guard.
 
         Lightning closes a step when its count of micro-batches divides by the accumulation, so the count of a run that
         is continued with another ``trainer.micro_batch`` must be put into the new unit. A fork may have another clip
-        rule, which starts without a past.
+        rule or guard, which starts without a past.
         """
         plan = batch_plan(self.cfg.trainer, self.cfg.data.sequence_length)
         batches = checkpoint["global_step"] * plan.accumulation
@@ -105,19 +107,21 @@ class PretrainingModule(L.LightningModule):
             # Saved at the end of a batch, before Lightning counts it as completed.
             counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
         state = checkpoint["state_dict"]
-        own = {f"clip_rule.{name}": value for name, value in self.clip_rule.state_dict().items()}
-        saved = {name: value.shape for name, value in state.items() if name.startswith("clip_rule.")}
-        if saved != {name: value.shape for name, value in own.items()}:
-            for name in saved:
-                del state[name]
-            state |= own
+        for part, module in (("clip_rule", self.clip_rule), ("guard", self.guard)):
+            own = {f"{part}.{name}": value for name, value in module.state_dict().items()} if module is not None else {}
+            saved = {name: value.shape for name, value in state.items() if name.startswith(f"{part}.")}
+            if saved != {name: value.shape for name, value in own.items()}:
+                for name in saved:
+                    del state[name]
+                state |= own
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Called once per optimizer step, after accumulation: rates for this step, the regulariser, the clip rule."""
-        set_step_rates(getattr(optimizer, "optimizer", optimizer), self.cfg, self.global_step)
+        """Called once per optimizer step, after accumulation: rates for this step, regulariser, clip rule, guard."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        set_step_rates(optimizer, self.cfg, self.global_step)
         penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
-        self.clip_result = self.clip_rule.clip(self.decoder.named_parameters(), self.global_step)
-        self.step_loss = torch.stack([parts.cross_entropy for parts in self._parts]).mean()
+        loss = self.step_loss = torch.stack([parts.cross_entropy for parts in self._parts]).mean()
+        self.clip_result = clip_gradients(self.decoder, self.clip_rule, self.guard, optimizer, loss, self.global_step)
         self.step_parts = self._other_parts(penalty)
         self._parts = []
 

@@ -1,5 +1,6 @@
 """A training run from configuration to finished folder: build, continue or start, fit."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from bitnet_train.nn.layout import learned_scales, parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
+from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
 from bitnet_train.training.callbacks.quantisation import Quantisation
@@ -39,6 +41,7 @@ from bitnet_train.training.callbacks.validation import Validation
 from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
+from bitnet_train.training.guard.events import Rollback, cut_rollbacks, go_back, resume_point
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.micro_batch import find_micro_batch
@@ -54,11 +57,14 @@ from bitnet_train.training.telemetry.layers import LayerTelemetry, cut_layers
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """How a run ended: the steps done, the last validation, and 0 or the exit code of the signal that stopped it."""
+    """How a run ended: the steps done, the last validation, 0 or the exit code of the signal that stopped it, whether
+    the last step is saved, and the step of the checkpoint that the run has to go back to, if any."""
 
     step: int
     validation: TextLoss | None
     exit_code: int
+    saved: bool = True
+    back_to: int | None = None
 
 
 def check_start(path: Path, cfg: RunConfig, manifest: Manifest) -> int:
@@ -106,9 +112,34 @@ def train(
     :func:`check_start`), from the weights of ``init.from``, or from new ones.
 
     Steps already done are not done again: metrics and samples past the checkpoint are cut, and the run goes on
-    bit for bit as if it had never stopped. Raises ConfigError for input that does not fit and DivergedError when the
-    loss stops being a number.
+    bit for bit as if it had never stopped. Where the guard has the run go back to its last checkpoint, everything is
+    made again from that, as in a new process. Raises ConfigError for input that does not fit and DivergedError when the
+    loss stops being a number or the run has gone back too often.
     """
+    while True:
+        outcome = _train_from(cfg, folder, run_name, shards, manifest, start, first, initial, console)
+        if outcome.back_to is None:
+            return outcome
+        if outcome.back_to != first:
+            start, first = folder.last_checkpoint, outcome.back_to
+        gc.collect()  # before the next model is made: Lightning's objects refer to each other
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _train_from(
+    cfg: RunConfig,
+    folder: RunFolder,
+    run_name: str,
+    shards: Path,
+    manifest: Manifest,
+    start: Path | None,
+    first: int,
+    initial: InitialWeights | None,
+    console: Console,
+) -> TrainingOutcome:
+    """Train until the end, a signal, or a return to the last checkpoint, which is in divergence.jsonl by then."""
     checked = verify_shards(shards, manifest, cfg.data.verify)
     entry = manifest.splits["train"]
     learnt = f" ({entry['learnt']:,} of them learnt)" if "learnt" in entry else ""
@@ -176,7 +207,8 @@ def train(
         cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
     plan = batch_plan(cfg.trainer, cfg.data.sequence_length)
     mixed = stages(cfg.data, cfg.trainer.max_steps) if isinstance(cfg.data.corpus, MixtureCorpus) else None
-    data = ShardDataModule(cfg.data, shards, manifest, plan, cfg.seed, mixed)
+    rollbacks = cut_rollbacks(folder.divergence_file, first)
+    data = ShardDataModule(cfg.data, shards, manifest, plan, cfg.seed, mixed, resume_point(rollbacks, first))
     for line in data.mixture():
         console.print(line, markup=False)
     early = f" after a warm-up of {plan.warmup_text(cfg.data.sequence_length)}" if plan.warmup else ""
@@ -200,12 +232,14 @@ def train(
     validation = Validation(clock, data, tokenizer.byte_lengths())
     checkpoints = Checkpoints(clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
+    guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
         metrics,
         validation,
         LayerTelemetry(clock, folder.layers_file, console),
         Samples(clock, tokenizer, folder.samples_file),
         TrainingProgress(console, metrics, validation),
+        guard,  # before the checkpoint, which is not saved when the run goes back
         checkpoints,
         # Behind the checkpoint: what other people's tasks may raise costs no step.
         Tasks(clock, tokenizer, folder.evaluations_file),
@@ -243,7 +277,14 @@ def train(
             learning = decoder.training
             step = trainer.global_step + learning
             raise ConfigError(training_advice(plan, cfg.data.sequence_length, step, saved, learning)) from None
-    return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
+    step = trainer.global_step
+    good = checkpoints.saved_step if checkpoints.saved_step >= 0 else first
+    if guard.reason is None or stop.exit_code:
+        return TrainingOutcome(step, validation.result, stop.exit_code, checkpoints.saved_step == step)
+    left_out = (step - good) * plan.batch_sequences
+    rollback = Rollback(step, good, data.state_dict()["consumed"], left_out, f"skipped {guard.reason}")
+    go_back(rollback, rollbacks, cfg.guard.max_rollbacks, folder, console)
+    return TrainingOutcome(step, None, 0, False, good)
 
 
 def _loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:

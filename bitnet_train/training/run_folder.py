@@ -25,6 +25,7 @@ class RunFolder:
         self.layers_file = path / "layers.csv"
         self.samples_file = path / "samples.md"
         self.evaluations_file = path / "evaluations.jsonl"
+        self.divergence_file = path / "divergence.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.exports = path / "export"

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.decoder import Decoder
+from bitnet_train.training.clipping.base import ClipResult, ClipRule
 from bitnet_train.training.config import RunConfig
+from bitnet_train.training.guard.rule import Guard, skip_step
 from bitnet_train.training.losses.parts import Loss, LossParts, Taught
 from bitnet_train.training.optimizers.build import set_rates
 from bitnet_train.training.rates import rates
@@ -25,6 +27,24 @@ def next_token_loss(
     collector = loss.collector()
     states = decoder.hidden_states(inputs, documents, collector=collector)
     return loss(states, decoder.head_weight, targets, collector, taught)
+
+
+def clip_gradients(
+    decoder: Decoder, rule: ClipRule, guard: Guard | None, optimizer: torch.optim.Optimizer, loss: Tensor, step: int
+) -> ClipResult:
+    """Clip the gradients before optimizer step ``step`` (from 0) and let the guard judge it by its mean ``loss``.
+
+    A step that the guard skips leaves nothing behind in the memory of the clip rule either.
+    """
+    if guard is None:
+        return rule.clip(decoder.named_parameters(), step)
+    before = [buffer.clone() for buffer in rule.buffers()]
+    result = rule.clip(decoder.named_parameters(), step)
+    skip = guard.judge(loss, result.norm, step)
+    for buffer, old in zip(rule.buffers(), before, strict=True):
+        buffer.copy_(torch.where(skip, old, buffer))
+    skip_step(optimizer, skip)
+    return result
 
 
 def set_step_rates(optimizer: torch.optim.Optimizer, cfg: RunConfig, step: int) -> None:

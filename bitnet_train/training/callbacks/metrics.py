@@ -19,7 +19,8 @@ class TrainingMetrics(StepCallback):
         clock: counts training time.
         flops_per_token: of a forward and backward; with ``peak_flops`` (of the device, or None) gives the share of it.
 
-    Raises DivergedError (exit code 3) when the loss or the gradient norm of a logged step is not finite.
+    Raises DivergedError (exit code 3) when the loss or the gradient norm of a logged step is not finite, unless the
+    guard skipped that step.
     """
 
     def __init__(self, clock: TrainingClock, flops_per_token: float, peak_flops: float | None) -> None:
@@ -63,6 +64,8 @@ class TrainingMetrics(StepCallback):
             "tokens_per_second": round(rate, 1),
             "elapsed_seconds": round(now, 2),
         }
+        if module.guard is not None:
+            self.row["skipped"] = int(module.guard.skipped)
         if self.peak_flops:
             self.row["model_flops_share"] = rate * self.flops_per_token / self.peak_flops
         statistics = module.code_cache.statistics if module.code_cache else None
@@ -70,7 +73,8 @@ class TrainingMetrics(StepCallback):
             self.row |= {"codes/zeros": statistics.zero_share(), "codes/flips": statistics.flip_rate()}
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        skipped = module.guard is not None and module.guard.skipped_last()
+        if not (math.isfinite(loss) and math.isfinite(norm)) and not skipped:
             for logger in trainer.loggers:
                 logger.save()
             raise DivergedError(

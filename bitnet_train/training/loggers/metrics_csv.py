@@ -12,8 +12,8 @@ from bitnet_train.training.loggers.csv_rows import cut_rows
 
 COLUMNS = (
     "step", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "lr", "weight_decay", "grad_norm",
-    "clip_threshold", "grad_norm_clipped", "tokens_per_second", "model_flops_share", "codes/zeros", "codes/flips",
-    "elapsed_seconds",
+    "clip_threshold", "grad_norm_clipped", "skipped", "tokens_per_second", "model_flops_share", "codes/zeros",
+    "codes/flips", "elapsed_seconds",
     "loss/total", "loss/z", "loss/distillation", "loss/regulariser",
 )  # fmt: skip
 
