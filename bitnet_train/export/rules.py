@@ -4,9 +4,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.config import ExportConfig, LinearClass
 from bitnet_train.export.gguf.plan import Container, gguf_obstacle
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import DecoderConfig, Norms
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
 
@@ -19,6 +19,8 @@ def hf_packed_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig
     for name in quantised_layers(cfg, spec):
         if shapes[name][0] % CODES_PER_BYTE:
             return f"it packs {CODES_PER_BYTE} output rows into a byte, and {name} has {shapes[name][0]}"
+    if cfg.attention_bias and export.linear_class is LinearClass.autobitlinear:
+        return "its autobitlinear multiplies biases by the weight's scale (model.attention_bias; use bitlinear)"
     return _transformers_obstacle(cfg, spec)
 
 
@@ -34,6 +36,9 @@ def _transformers_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
     layers = quantised_layers(cfg, spec)
     if not layers:
         return "no layer is quantised"
+    family = _family_obstacle(cfg)
+    if family is not None:
+        return family
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
         groups = layer.group_count(shapes[name][0])
@@ -41,6 +46,17 @@ def _transformers_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
             return f"it holds one scale per tensor, and {name} has {groups} (quant.weight.groups)"
         if layer.activation_bits != 8:
             return f"its consumer quantises activations, and the inputs of {name} are floats (quant.activation.bits)"
+    return None
+
+
+def _family_obstacle(cfg: DecoderConfig) -> str | None:
+    """Why no architecture of transformers that is written here has this decoder's parts, or None when one has."""
+    if cfg.norms is Norms.pre_sub:
+        for key, default in (("attention_bias", False), ("qk_norm", False), ("head_width", None)):
+            if getattr(cfg, key) != default:
+                return f"its BitNet architecture has sub-norms and not model.{key}={getattr(cfg, key)} as well"
+    if cfg.attention_bias and cfg.qk_norm:
+        return "its llama has model.attention_bias, its Qwen3 model.qk_norm, and none has both"
     return None
 
 
@@ -56,7 +72,7 @@ def _gguf_rule(container: Container) -> Rule:
 FORMAT_RULES: dict[str, Rule] = {
     "hf-packed": hf_packed_obstacle,
     "hf-master": hf_master_obstacle,
-    "hf-dense": _no_obstacle,
+    "hf-dense": lambda cfg, spec, export: _family_obstacle(cfg),
     "packed": _no_obstacle,
     **{container.value: _gguf_rule(container) for container in Container},
 }
