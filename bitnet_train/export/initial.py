@@ -21,6 +21,7 @@ from bitnet_train.export.hub import download, looks_like_hub_name
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
 from bitnet_train.export.huggingface.variant import Storage
 from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
+from bitnet_train.export.packed.writer import LATER_FIELDS
 from bitnet_train.nn.config import DecoderConfig, Norms
 from bitnet_train.nn.init import reset_scales
 from bitnet_train.nn.layout import parameter_table, quantised_layers
@@ -121,7 +122,8 @@ def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer
 def _from_run(folder: Path, step: str, cfg: DecoderConfig, spec: QuantSpec, source: str) -> InitialWeights:
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text())
-        found = {field.name: saved["model"][field.name] for field in fields(DecoderConfig)}
+        model = LATER_FIELDS | saved["model"]
+        found = {field.name: model[field.name] for field in fields(DecoderConfig)}
         # How the run came to its codes is of no matter here, and is a choice of dataclasses.
         settings = {key: value for key, value in saved["quant"].items() if key != "progressive"}
         quant = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantConfig), settings))
@@ -222,7 +224,7 @@ def _plain(value: Any) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def fill_weights(model: torch.nn.Module, masters: dict[str, Tensor]) -> None:

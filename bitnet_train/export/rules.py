@@ -4,10 +4,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.config import ExportConfig, LinearClass
 from bitnet_train.export.gguf.plan import Container, gguf_obstacle
 from bitnet_train.export.limits import foreign_family, foreign_inputs, wide_codes
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import DecoderConfig, Norms
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
 
@@ -22,6 +22,8 @@ def hf_packed_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig
     for name in quantised_layers(cfg, spec):
         if shapes[name][0] % CODES_PER_BYTE:
             return f"it packs {CODES_PER_BYTE} output rows into a byte, and {name} has {shapes[name][0]}"
+    if cfg.attention_bias and export.linear_class is LinearClass.autobitlinear:
+        return "its autobitlinear multiplies biases by the weight's scale (model.attention_bias; use bitlinear)"
     return _transformers_obstacle(cfg, spec)
 
 
@@ -40,6 +42,9 @@ def _transformers_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
     layers = quantised_layers(cfg, spec)
     if not layers:
         return "no layer is quantised"
+    family = _family_obstacle(cfg)
+    if family is not None:
+        return family
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
         groups = layer.group_count(shapes[name][0])
@@ -52,6 +57,17 @@ def _transformers_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
     return None
 
 
+def _family_obstacle(cfg: DecoderConfig) -> str | None:
+    """Why no architecture of transformers that is written here has this decoder's parts, or None when one has."""
+    if cfg.norms is Norms.pre_sub:
+        for key, default in (("attention_bias", False), ("qk_norm", False), ("head_width", None)):
+            if getattr(cfg, key) != default:
+                return f"its BitNet architecture has sub-norms and not model.{key}={getattr(cfg, key)} as well"
+    if cfg.attention_bias and cfg.qk_norm:
+        return "its llama has model.attention_bias, its Qwen3 model.qk_norm, and none has both"
+    return None
+
+
 def hf_dense_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
     """Why dense weights cannot stand for the model, or None when they can."""
     for name, layer in quantised_layers(cfg, spec).items():
@@ -59,7 +75,7 @@ def hf_dense_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig)
             return f"its consumer does not rotate the inputs of {name} (quant.activation.hadamard)"
         if layer.top_k < 1:
             return f"its consumer does not leave out the smaller inputs of {name} (quant.activation.top_k)"
-    return foreign_family(cfg)
+    return foreign_family(cfg) or _family_obstacle(cfg)
 
 
 def packed_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:

@@ -39,10 +39,12 @@ class DecoderConfig:
     hidden: int = 256
     # Number of blocks.
     layers: int = 4
-    # Query heads; the head dimension is hidden / heads.
+    # Query heads.
     heads: int = 4
     # Key and value heads; fewer than heads is grouped-query attention.
     kv_heads: int = 4
+    # Width of a head; null for hidden / heads. (Qwen3's is larger.)
+    head_width: int | None = None
     # Inner width of the gated FFN.
     ffn: int = 768
     # Longest sequence that positions are defined for, in tokens.
@@ -54,6 +56,10 @@ class DecoderConfig:
     norms: Norms = Norms.pre_sub
     # FFN nonlinearity: relu2 (BitNet 2B4T) or silu (llama.cpp's bitnet, the llama family).
     activation: Activation = Activation.relu2
+    # Whether q, k and v have biases (Qwen2).
+    attention_bias: bool = False
+    # RMSNorm of each head of q and of k, before rotary positions (Qwen3).
+    qk_norm: bool = False
     # Whether the output head is the embedding itself.
     tie_embeddings: bool = True
     # Base of the rotary position frequencies.
@@ -66,7 +72,12 @@ class DecoderConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden // self.heads
+        return self.hidden // self.heads if self.head_width is None else self.head_width
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads, which is what o_proj reads."""
+        return self.heads * self.head_dim
 
 
 def check_decoder(cfg: DecoderConfig) -> None:
@@ -74,9 +85,12 @@ def check_decoder(cfg: DecoderConfig) -> None:
     for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "context", "vocab"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"model.{name} is {getattr(cfg, name)}; it must be at least 1.")
-    if cfg.hidden % cfg.heads:
+    if cfg.head_width is not None and cfg.head_width < 1:
+        raise ConfigError(f"model.head_width is {cfg.head_width}; it must be at least 1, or null for hidden / heads.")
+    if cfg.head_width is None and cfg.hidden % cfg.heads:
         raise ConfigError(
-            f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden}."
+            f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden} "
+            "(or give model.head_width)."
         )
     if cfg.heads % cfg.kv_heads:
         raise ConfigError(
@@ -84,7 +98,8 @@ def check_decoder(cfg: DecoderConfig) -> None:
         )
     if cfg.head_dim % 2:
         raise ConfigError(
-            f"The head dimension model.hidden / model.heads = {cfg.head_dim} is odd; rotary embeddings need it even."
+            f"The head dimension {cfg.head_dim} (model.hidden / model.heads, or model.head_width) is odd; rotary "
+            "embeddings need it even."
         )
     if cfg.residual_dtype is ResidualDtype.float16 and cfg.activation is Activation.relu2:
         raise ConfigError(
@@ -133,13 +148,13 @@ class InitConfig:
     sub_norms: SubNorms | None = None
 
 
-# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet or llama);
-# such a checkpoint may also be a repository of the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION).
+# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet, llama,
+# Qwen2, Qwen3); such a checkpoint may also be a repository of the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION).
 # Its weights replace all that the other settings of init say. (`from` is a keyword in Python, so the field is added
-# here and is not an argument of the constructor.)
+# here and is not an argument of the constructor. Read a second time, the class lacks what the first reading took out of
+# it.)
 InitConfig.__annotations__["from"] = str | None
 setattr(InitConfig, "from", field(default=None, init=False, repr=False, compare=False))
-# (Read a second time, the class lacks what the first reading took out of it.)
 InitConfig.overrides = field(default_factory=list)
 dataclass(InitConfig)
 

@@ -6,7 +6,8 @@
 - ``norms=pre, activation=silu``: the llama family, as TriLM and Falcon3-1.58 use it.
 - ``norms=inside``: an RMSNorm in every projection and none before them ("Tips, Code and FAQ", microsoft/unilm).
 
-No biases, rotary positions, grouped-query attention, tied or untied head. The seven projections of a block are
+Rotary positions, grouped-query attention, tied or untied head; biases on q, k and v (Qwen2) and norms of each head of q
+and k (Qwen3) where the config asks for them. The seven projections of a block are
 BitLinear or nn.Linear as the QuantSpec says; embedding, head and norms stay floats. Parameter names are those of
 Hugging Face without the leading ``model.``. Norm and activation quantiser are one operation, done once for q/k/v and
 once for gate/up.
@@ -25,7 +26,7 @@ from bitnet_train.nn.bit_linear import BitLinear, SharedInput, wide_enough
 from bitnet_train.nn.collector import Collector, Projections
 from bitnet_train.nn.config import DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.kv_cache import KVCache
-from bitnet_train.nn.layout import block_linears, check_spec
+from bitnet_train.nn.layout import biased_linears, block_linears, check_spec
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.nn.rotary import negate_first_half, rotary_table, rotate
 from bitnet_train.quant.activations import residual_sum
@@ -37,16 +38,18 @@ class LinearFactory:
 
     def __init__(self, cfg: DecoderConfig, spec: QuantSpec, layer: int, backend: Backend | None) -> None:
         self.shapes = block_linears(cfg)
+        self.biased = biased_linears(cfg)
         self.spec, self.layer, self.backend = spec, layer, backend
 
     def __call__(self, name: str) -> nn.Linear:
         out_features, in_features = self.shapes[name]
         quant = self.spec.for_layer(f"layers.{self.layer}.{name}")
         if not quant.quantised:
-            return nn.Linear(in_features, out_features, bias=False)
+            return nn.Linear(in_features, out_features, bias=name in self.biased)
         return BitLinear(
-            in_features, out_features, bias=False, quant=quant, backend=self.backend, gradient=self.spec.gradient
-        )
+            in_features, out_features, bias=name in self.biased, quant=quant, backend=self.backend,
+            gradient=self.spec.gradient,
+        )  # fmt: skip
 
 
 def shared_input(owner: nn.Module, names: tuple[str, ...], norm: RMSNorm | None, cfg: DecoderConfig) -> nn.Module:
@@ -98,7 +101,8 @@ class Attention(nn.Module):
         self.k_proj = linear("self_attn.k_proj")
         self.v_proj = linear("self_attn.v_proj")
         self.o_proj = linear("self_attn.o_proj")
-        sub_norm = RMSNorm(cfg.hidden, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None for _ in "qk")
+        sub_norm = RMSNorm(cfg.attention_width, cfg.norm_eps) if cfg.norms is Norms.pre_sub else None
         self.attn_sub_norm = sub_norm
         self.qkv = shared_input(self, ("q_proj", "k_proj", "v_proj"), input_norm, cfg)
         self.out: nn.Module = shared_input(self, ("o_proj",), sub_norm, cfg)
@@ -120,6 +124,8 @@ class Attention(nn.Module):
         q, k, v = (
             part.view(batch, tokens, -1, self.cfg.head_dim).transpose(1, 2) for part in parts
         )  # each (batch, heads, tokens, head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, place.cos, place.signed_sin), rotate(k, place.cos, place.signed_sin)
         if cache is not None:
             k, v = cache.append(layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))

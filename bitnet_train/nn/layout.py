@@ -20,6 +20,7 @@ class Role(Enum):
     head = "head"
     norm = "norm"
     linear = "linear"
+    bias = "bias"
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,27 @@ class ParameterInfo:
 
     @property
     def layer_name(self) -> str:
-        """The module that owns the parameter."""
-        return self.name.rpartition(".")[0]
+        """The module whose matrix or gain the parameter is; a bias, which stays a float, stands for itself."""
+        return self.name if self.role is Role.bias else self.name.rpartition(".")[0]
 
 
 def block_linears(cfg: DecoderConfig) -> dict[str, tuple[int, int]]:
     """The linear layers of one block: name inside the block -> (out, in)."""
     kv = cfg.kv_heads * cfg.head_dim
     return {
-        "self_attn.q_proj": (cfg.hidden, cfg.hidden),
+        "self_attn.q_proj": (cfg.attention_width, cfg.hidden),
         "self_attn.k_proj": (kv, cfg.hidden),
         "self_attn.v_proj": (kv, cfg.hidden),
-        "self_attn.o_proj": (cfg.hidden, cfg.hidden),
+        "self_attn.o_proj": (cfg.hidden, cfg.attention_width),
         "mlp.gate_proj": (cfg.ffn, cfg.hidden),
         "mlp.up_proj": (cfg.ffn, cfg.hidden),
         "mlp.down_proj": (cfg.hidden, cfg.ffn),
     }
+
+
+def biased_linears(cfg: DecoderConfig) -> tuple[str, ...]:
+    """The linear layers of a block that have a bias, by their names inside the block."""
+    return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") if cfg.attention_bias else ()
 
 
 def block_norms(cfg: DecoderConfig) -> dict[str, int]:
@@ -64,7 +70,9 @@ def block_norms(cfg: DecoderConfig) -> dict[str, int]:
         return {f"{name}_norm": shape[1] for name, shape in block_linears(cfg).items()}
     norms = {"input_layernorm": cfg.hidden, "post_attention_layernorm": cfg.hidden}
     if cfg.norms is Norms.pre_sub:
-        norms |= {"self_attn.attn_sub_norm": cfg.hidden, "mlp.ffn_sub_norm": cfg.ffn}
+        norms |= {"self_attn.attn_sub_norm": cfg.attention_width, "mlp.ffn_sub_norm": cfg.ffn}
+    if cfg.qk_norm:
+        norms |= {"self_attn.q_norm": cfg.head_dim, "self_attn.k_norm": cfg.head_dim}
     return norms
 
 
@@ -74,6 +82,8 @@ def parameter_table(cfg: DecoderConfig) -> list[ParameterInfo]:
     for layer in range(cfg.layers):
         for name, shape in block_linears(cfg).items():
             table.append(ParameterInfo(f"layers.{layer}.{name}.weight", shape, Role.linear))
+            if name in biased_linears(cfg):
+                table.append(ParameterInfo(f"layers.{layer}.{name}.bias", shape[:1], Role.bias))
         for name, width in block_norms(cfg).items():
             table.append(ParameterInfo(f"layers.{layer}.{name}.weight", (width,), Role.norm))
     table.append(ParameterInfo("norm.weight", (cfg.hidden,), Role.norm))

@@ -18,7 +18,8 @@ quantised inputs       int8 codes, and 8 per token for scale and 1/rms: for q, k
                        the down projection computes its own again
 norm inputs            the residual before attention and FFN (r); before a float down projection the gated state too (c)
 float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
-attention              rotated q and k, a copy of v, the output (all c), 4 per head
+attention              rotated q and k, a copy of v, the output (all c), 4 per head; with norms of q and k 8 per number
+                       of theirs (without autocast 4 and their whole stacked product) and 4 per head
 FFN                    the stacked gate/up product (c); before a float down projection also activation and square
 head and loss          final state and normed state (float32), the loss's gradients of it (c) and of the head (4)
 loss chunk             the head's copy (c), and of one chunk of tokens the logits (c), float32 logits and their gradient
@@ -127,7 +128,7 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
     # (layers that share the input, its width, bytes of its type, norm before it, is it kept by something else already)
     for names, width, size, normed, kept in (
         ((q, k, v), cfg.hidden, residual, True, False),
-        ((o,), cfg.hidden, compute, sub_normed, True),
+        ((o,), cfg.attention_width, compute, sub_normed, True),
         ((gate, up), cfg.hidden, residual, True, False),
         ((down,), cfg.ffn, compute, sub_normed, fused_gate),
     ):
@@ -135,7 +136,16 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
             [quants[n] for n in names], width, size, normed, kept, compute, fused_gate and names == (down,)
         ).items():
             parts[part] += extra
-    parts["attention"] = compute * (outs[q] + outs[k] + outs[v] + cfg.hidden) + FLOAT32 * cfg.heads
+    parts["attention"] = compute * (outs[q] + outs[k] + outs[v] + cfg.attention_width) + FLOAT32 * cfg.heads
+    if cfg.qk_norm:
+        # Each norm keeps its input and the normed state in float32, and 1/rms of every head. Without a cast the input
+        # is the product itself, and what is stacked in it stays.
+        heads = outs[q] + outs[k]
+        read = heads
+        if compute == FLOAT32:
+            read = _stack(quants, outs, q, (q, k, v))
+            read += 0 if _same_stack(quants[q], quants[k]) else _stack(quants, outs, k, (q, k, v))
+        parts["attention"] += FLOAT32 * (heads + read + cfg.heads + cfg.kv_heads)
     # up (and gate under silu) keep the whole stacked product of the layers.
     inner = _stack(quants, outs, up, (gate, up))
     if not fused_gate:

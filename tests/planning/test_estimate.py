@@ -84,6 +84,16 @@ def test_activation_memory_is_what_autograd_saves(name: str, spec: str, bf16: bo
         assert saved_bytes(cfg, SPECS[spec], bf16) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("parts", [{"attention_bias": True}, {"qk_norm": True}, {"qk_norm": True, "head_width": 32}])
+def test_qwens_parts_are_in_the_activation_memory(parts: dict[str, object], spec: str, bf16: bool) -> None:
+    cfg = family("llama", **parts)
+    memory = training_memory(cfg, SPECS[spec], BATCH, LENGTH, "bf16-mixed" if bf16 else "32-true")
+    expected = sum(memory.activations.values()) + memory.compute_copies - memory.activations["loss chunk"]
+    assert saved_bytes(cfg, SPECS[spec], bf16) == pytest.approx(expected, rel=0.015)
+
+
 @pytest.mark.parametrize("rule", [AdamWConfig(), MuonConfig()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("spec", SPECS)
 def test_weights_and_states(spec: str, rule: OptimizerConfig) -> None:

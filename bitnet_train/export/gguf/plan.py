@@ -182,6 +182,9 @@ def gguf_obstacle(cfg: DecoderConfig, spec: QuantSpec, container: Container, exp
     if found := foreign_family(cfg) or wide_codes(cfg, spec):
         return found
     main_line = container is not Container.i2_s
+    for key, default in (("attention_bias", False), ("qk_norm", False), ("head_width", None)):
+        if getattr(cfg, key) != default:
+            return f"its architectures llama and bitnet are written without it (model.{key}={getattr(cfg, key)})"
     if main_line and cfg.activation is Activation.relu2:
         return "llama.cpp's main line computes SiLU in the FFN, whatever the file says (model.activation=relu2)"
     if cfg.norms is Norms.pre and cfg.activation is Activation.relu2:

@@ -21,6 +21,8 @@ from bitnet_train.quant.spec import QuantSpec
 NAME = "packed"
 WEIGHTS = "model.safetensors"
 FORMAT, VERSION = "bitnet_train-packed", 1
+# Fields of the model that came after the first files: written where they are not what those meant.
+LATER_FIELDS = {"head_width": None, "attention_bias": False, "qk_norm": False}
 
 
 def packed_infos(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> dict[str, TensorInfo]:
@@ -62,7 +64,11 @@ def packed_config(
         "version": VERSION,
         "packing": export.packing.value,
         "dtype": export.dtype.value,
-        "model": {key: value.value if isinstance(value, Enum) else value for key, value in asdict(cfg).items()},
+        "model": {
+            key: value.value if isinstance(value, Enum) else value
+            for key, value in asdict(cfg).items()
+            if key not in LATER_FIELDS or value != LATER_FIELDS[key]
+        },
         "quantised_layers": layers,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
