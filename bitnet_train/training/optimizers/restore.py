@@ -39,9 +39,12 @@ def fit_saved_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
             else:
                 fresh.append(name)
     if past and fresh:
-        warnings.warn(
+        # Not from this line, which says nothing to a user.
+        warnings.warn_explicit(
             f"{len(fresh)} parameters, {fresh[0]} the first of them, had another algorithm in the checkpoint: the "
             "optimizer starts without a past there.",
-            stacklevel=2,
+            UserWarning,
+            "bitnet_train",
+            0,
         )
     return {**saved, "state": state, "param_groups": own}
