@@ -237,7 +237,8 @@ def test_another_choice_leaves_out_only_what_it_cannot_hold(run: Run, tmp_path: 
         return plain
 
     assert composed("+recipe=2b4t", "schedule=wsd")["schedule"] == {
-        "name": "wsd", "warmup": 2000.0, "decay": 0.2, "shape": "linear", "final": 0.0,
+        "name": "wsd", "warmup": 2000.0, "warmup_start": 0.0, "warmup_shape": "linear",
+        "decay": 0.2, "shape": "linear", "final": 0.0,
     }  # fmt: skip
     assert composed("+recipe=2b4t", "clip=percentile")["clip"]["name"] == "percentile"
     # The same between recipes: a child that chooses another schedule than its parents.
@@ -281,7 +282,8 @@ def test_help_is_short_and_lists_the_choices(run: Run, arguments: list[str]) -> 
     lines = out.splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 110
-    assert "  schedule               constant, cosine, linear, two_stage, wsd" in lines
+    schedules = "constant, cosine, exponential, inverse_sqrt, linear, polynomial, two_stage, wsd"
+    assert f" schedule {schedules} " in " ".join(out.split())
     assert "hydra/" not in out
     for command in ("train", "prepare", "estimate", "export", "verify", "evaluate", "generate"):
         assert f"  {command} " in out
