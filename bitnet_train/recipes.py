@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train.config import VARIANTS, Config
 from bitnet_train.errors import ConfigError
+from bitnet_train.ladders import read_ladder
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -75,6 +76,11 @@ def register(user_folder: Path | None) -> Catalogue:
             catalogue.add(key.replace(".", "/"), name)
     _note_files(catalogue, config_folder("conf"))
     _store_recipes(catalogue, store, config_folder("recipes"))
+    for path in sorted((config_folder("recipes") / "ladders").glob("*.yaml")):
+        for name, node in read_ladder(path).items():
+            catalogue.add("recipe", name, path)
+            catalogue.recipe_nodes[name] = node
+            store.store(group="recipe", name=name, node=node, package="_global_")
     if user_folder is not None:
         if not user_folder.is_dir():
             raise ConfigError(f"--config-dir {user_folder} is not a folder.")
