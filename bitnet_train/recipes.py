@@ -100,7 +100,7 @@ def register(user_folder: Path | None) -> Catalogue:
 
 def _note_files(catalogue: Catalogue, folder: Path) -> None:
     """The options in ``folder``'s group folders, which Hydra reads by itself."""
-    known = {"data", "model", "quant", *(key.replace(".", "/") for key in VARIANTS)}
+    known = {"data", "model", "quant", "sweep", *(key.replace(".", "/") for key in VARIANTS)}
     for group in sorted(known):
         for path in sorted((folder / group).glob("*.yaml")):
             catalogue.add(group, path.stem, path)
@@ -126,6 +126,17 @@ def _read_recipe(catalogue: Catalogue, path: Path) -> bool:
         return False
     catalogue.recipe_nodes[path.stem] = node
     return True
+
+
+def read_sweep(path: Path) -> list[str]:
+    """The overrides of a sweep file, a list of ``key=value,value`` lines. Raises ConfigError when it is none."""
+    try:
+        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The sweep {path} is not readable YAML: {yaml_reason(error)}.") from None
+    if not isinstance(lines, list) or not all(isinstance(line, str) and "=" in line for line in lines):
+        raise ConfigError(f"The sweep {path} must be a list of key=value,value lines.")
+    return lines
 
 
 def settle(catalogue: Catalogue, given: dict[str, str]) -> None:
