@@ -209,6 +209,8 @@ class MitchellInit(InitConfig):
 
 def check_init(cfg: InitConfig, norms: Norms) -> None:
     """Raises ConfigError for a spread or gain that is not positive, or a gain of norms that the model does not have."""
+    if initial_source(cfg) == "":  # what recipes that start from a model say: null would start from nothing
+        raise ConfigError("init.from is not set: give the run, export or transformers checkpoint to start from.")
     if cfg.sub_norms is not None and (initial_source(cfg) is None or norms is Norms.pre):
         why = "without init.from" if initial_source(cfg) is None else "with model.norms=pre, which has no sub-norms"
         raise ConfigError(f"init.sub_norms={cfg.sub_norms.value} has no effect {why}: leave it out.")
