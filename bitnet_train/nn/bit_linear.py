@@ -100,13 +100,15 @@ class BitLinear(nn.Linear):
         return self.__dict__ | {"_buffers": self._buffers | {"codes": None, "scale": None}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scale, learned = self.scale, self.weight_scale
+        scale, blends = self.scale, (self.weight_blend, self.input_blend)
+        learned = None if self.weight_scale is None else self.weight_scale.data
         super()._apply(fn, recurse)
-        # Scales are float32 whatever the type of the weights.
+        # Scales and strengths are float32 whatever the type of the weights.
         if scale is not None and self.codes is not None:
             self.scale = scale.to(self.codes.device)
-        if learned is not None and self.weight_scale is not None:
-            self.weight_scale.data = self.weight_scale.data.float()
+        if learned is not None and self.weight_scale is not None and self.weight_scale.dtype is not learned.dtype:
+            self.weight_scale.data = learned.to(self.weight_scale.device)
+        self.blend(*(None if blend is None else blend.to(self.weight.device) for blend in blends))
         return self
 
     def quantised(self) -> Codes:

@@ -6,6 +6,7 @@ torch and without allocating a weight. A test holds it equal to the real module.
 
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import DecoderConfig, Norms
@@ -95,7 +96,14 @@ def check_spec(cfg: DecoderConfig, spec: QuantSpec) -> None:
             f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like "
             "'layers.0.self_attn.o_proj'."
         )
-    for name, layer in quantised_layers(cfg, spec).items():
+    quantised = quantised_layers(cfg, spec)
+    for change in spec.late:
+        if not any(fnmatchcase(name, change.pattern) for name in quantised):
+            raise ConfigError(
+                f"quant.overrides: '{change.pattern}' since {change.since:g} matches no quantised layer: float layers "
+                "do not quantise their inputs."
+            )
+    for name, layer in quantised.items():
         try:
             layer.group_count(linears[name][0])
         except ConfigError as error:

@@ -84,7 +84,8 @@ class GradientConfig:
     # the run's own type.
     dx: GradientPrecision = GradientPrecision.auto
     # dW = dY.T @ X: bf16; int8 with one scale per output and block of 128 tokens of dY; or auto: the run's own type,
-    # which is also what int8 comes to for layers whose inputs stay floats (quant.activation.bits=null).
+    # which is also what int8 comes to for layers whose inputs stay floats (quant.activation.bits=null) or have a scale
+    # per group.
     dw: GradientPrecision = GradientPrecision.auto
 
 

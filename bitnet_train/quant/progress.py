@@ -120,6 +120,11 @@ def _check_stages(cfg: BitsProgressive, spec: QuantSpec, total: int) -> None:
             f"quant.progressive.stages end at steps {', '.join(map(str, ends))}, which must grow and lie within the "
             f"run of trainer.max_steps={total}."
         )
+    if spec.gradient.dx == "fp8" and any(stage.bits == 8 for stage in cfg.stages):
+        raise ConfigError(
+            "quant.gradient.dx=fp8 does not hold the 8-bit weight codes of quant.progressive.stages exactly: use int8 "
+            "or bf16."
+        )
     if any(layer.trainable_scale for layer in (spec.default, *(layer for _, layer in spec.overrides))):
         raise ConfigError(
             "quant.progressive=bits changes the meaning of a scale from stage to stage, which a learned one cannot "
