@@ -115,8 +115,10 @@ class BitLinear(nn.Linear):
         """Codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
         if self.codes is not None and self.codes.dtype is torch.uint8 and self.scale is not None:
             return Codes(unpack_quarters(self.codes, self.in_features), self.scale)
+        if (kept := self.kept) is not None:
+            return kept
         kernels = self.choose_backend(self.weight.device)
-        return self.kept or kernels.quantise_weight(self.weight, self.quant, scale=self.weight_scale)
+        return kernels.quantise_weight(self.weight, self.quant, scale=self.weight_scale)
 
     def choose_backend(self, device: torch.device) -> Backend:
         """The given backend, or the automatic choice for ``device``."""

@@ -289,7 +289,7 @@ def test_packed_codes_give_the_same(backend: Backend, inputs: InputQuant, tokens
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("policy", itertools.product(("auto", "bf16", "int8"), repeat=2))
+@pytest.mark.parametrize("policy", list(itertools.product(("auto", "bf16", "int8"), repeat=2)))
 @pytest.mark.parametrize("inputs", [INPUTS[1], INPUTS[4], INPUTS[6]], ids=str)
 def test_the_precision_of_gradients_is_the_one_that_was_asked_for(
     backend: Backend, inputs: InputQuant, policy: tuple[str, str]
