@@ -180,7 +180,8 @@ class LayerwiseProgressive(ProgressiveConfig):
 
 @dataclass
 class BitStage:
-    # Bits of the weights in this stage: 2, 3, 4 or 8, symmetric with the scale of the largest magnitude.
+    # Bits of the weights in this stage: 3, 4 or 8, symmetric with the scale of the largest magnitude. Layers that keep
+    # more in the end have theirs all along.
     bits: int = MISSING
     # When the stage ends: a step, or below 1 a share of trainer.max_steps.
     until: float = MISSING

@@ -90,9 +90,7 @@ def test_with_one_scale_per_token_the_product_is_that_of_integers_bit_for_bit(
 
 @pytest.mark.parametrize("fill", ["largest", "random"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_8_bit_products_beyond_float32s_integers_are_exact(
-    backend: Backend, fill: str, out_dtype: torch.dtype
-) -> None:
+def test_8_bit_products_beyond_float32s_integers_are_exact(backend: Backend, fill: str, out_dtype: torch.dtype) -> None:
     k = 2048  # 127 * 127 * 2048 is about twice 2^24
     if fill == "largest":
         codes_x, codes_w = torch.full((3, k), 127, dtype=torch.int8), torch.full((5, k), 127, dtype=torch.int8)
@@ -206,7 +204,11 @@ def test_a_gated_input_is_the_gate_before_the_op(backend: Backend, activation: s
 
 @pytest.mark.parametrize("inputs", [INPUTS[1], INPUTS[4], INPUTS[6], InputQuant(), FLOAT_INPUTS], ids=str)
 def test_stacked_layers_of_different_bits_get_their_own_gradients(backend: Backend, inputs: InputQuant) -> None:
-    layers = [LayerQuant(), LayerQuant("symmetric", bits=8, groups="row"), LayerQuant("symmetric", bits=4, group_rows=2)]
+    layers = [
+        LayerQuant(),
+        LayerQuant("symmetric", bits=8, groups="row"),
+        LayerQuant("symmetric", bits=4, group_rows=2),
+    ]
     rows, x, grads = (3, 4, 6), random_input(11, 24), [torch.randn(11, n) for n in (3, 4, 6)]
     weights = [torch.randn(n, 24) for n in rows]
     scales = [statistic_scale(w, layer) * 0.6 for w, layer in zip(weights, layers, strict=True)]

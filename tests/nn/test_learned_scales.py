@@ -96,7 +96,9 @@ def test_codes_follow_a_scale_alone() -> None:
     for _ in range(3):
         step(model, optimizer)
     assert_fresh(model)
-    moved = [name for name, layer in bit_layers(model).items() if not torch.equal(layer.quantised().codes, before[name])]
+    moved = [
+        name for name, layer in bit_layers(model).items() if not torch.equal(layer.quantised().codes, before[name])
+    ]
     assert moved
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in bit_layers(model).items())
 

@@ -158,9 +158,7 @@ def test_zeros_stay_zeros_with_a_finite_scale(bits: int, statistic: str, granula
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("bits", "statistic", "granularity"), KINDS)
 @pytest.mark.parametrize("top_k", [1.0, 0.5])
-def test_a_bad_value_shows_in_its_token(
-    bits: int, statistic: str, granularity: str, bad: float, top_k: float
-) -> None:
+def test_a_bad_value_shows_in_its_token(bits: int, statistic: str, granularity: str, bad: float, top_k: float) -> None:
     x = torch.randn(4, 16)
     x[2, 9] = bad
     inputs = kind(bits, statistic, granularity, top_k=top_k)

@@ -1,5 +1,6 @@
 """What is quantised how in which step: the borders of every way from float to quantised."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ def test_lambda_grows_from_0_to_1_and_ends_exactly(shape: Ramp, until: float, en
     assert all(strengths is not None and len(set(strengths)) == 1 and len(strengths) == BLOCKS for strengths in ramped)
     values = [strengths[0] for strengths in ramped if strengths]
     assert values[0] == 0
-    assert all(a < b < 1 for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b < 1 for a, b in itertools.pairwise(values))
     closed: dict[Ramp, Callable[[float], float]] = {
         Ramp.linear: lambda t: t,
         Ramp.cosine: lambda t: (1 - math.cos(math.pi * t)) / 2,
@@ -75,7 +76,7 @@ def test_blocks_are_quantised_one_after_the_other(order: BlockOrder) -> None:
     seen = [state.strengths or (1.0,) * BLOCKS for state in found]
     began = [next(step for step in range(TOTAL) if seen[step][block] == 1) for block in ORDERS[order]]
     assert began == [0, 10, 20, 30, 40]  # at equal distances: the first at once, the last at `until`
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in itertools.pairwise(seen):
         assert all(a <= b for a, b in zip(before, after, strict=True))
     assert [state.complete for state in found] == [False] * 40 + [True] * 60
 
