@@ -25,7 +25,7 @@ from bitnet_train.nn.config import INIT_CONFIGS, check_decoder, check_init
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
 from bitnet_train.quant.progress import check_progressive
-from bitnet_train.quant.spec import build_spec
+from bitnet_train.quant.spec import as_steps, build_spec
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
 from bitnet_train.training.config import RunConfig
@@ -138,6 +138,8 @@ def validate(cfg: Config) -> None:
     check_training(cfg)
     if cfg.trainer.max_steps:
         check_progressive(cfg.quant.progressive, spec, cfg.trainer.max_steps)
+        for change in spec.late:  # contradictions show now, not at the step where it begins
+            check_spec(cfg.model, spec.at(as_steps(change.since, cfg.trainer.max_steps), cfg.trainer.max_steps))
     check_formats(cfg.export, cfg.model, spec)
     if set(cfg.resume) != {"from"}:
         wrong = next(iter(set(cfg.resume) - {"from"}), "from")

@@ -219,6 +219,7 @@ def _product(
     groups = x.scale.shape[-1]
     if groups == 1:
         return backend.matmul(x, weights, bias, out_dtype)
+    weights = weights.unpacked(x.codes.shape[-1])
     total = x.scale.new_zeros(len(x.codes), len(weights.codes))
     width = x.codes.shape[-1] // groups
     for group in range(groups):
@@ -320,7 +321,9 @@ class _BitLinear(torch.autograd.Function):
             if again.scale.shape[-1] == 1:
                 grads_w = backend.grad_weight(filled, again, dw)
             else:
-                grads_w = _float_weight_gradients(filled, again.dequantise(), _COMPUTE[ctx.dtype])
+                # No int8 product has one scale per token and group: the type of the other matmuls instead.
+                dw = _COMPUTE[ctx.dtype] if dw == "int8" else dw
+                grads_w = _float_weight_gradients(filled, again.dequantise(), dw)
             grad_masters = _master_gradients(grads_w, needs, ctx.types)
             grad_masters += _scale_gradients(grads_w, scaled, weights, ctx)
         return grad_x, grad_delta, grad_gate, grad_norm_weight, grad_bias, *[None] * 12, *grad_masters

@@ -100,21 +100,25 @@ class BitLinear(nn.Linear):
         return self.__dict__ | {"_buffers": self._buffers | {"codes": None, "scale": None}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scale, learned = self.scale, self.weight_scale
+        scale, blends = self.scale, (self.weight_blend, self.input_blend)
+        learned = None if self.weight_scale is None else self.weight_scale.data
         super()._apply(fn, recurse)
-        # Scales are float32 whatever the type of the weights.
+        # Scales and strengths are float32 whatever the type of the weights.
         if scale is not None and self.codes is not None:
             self.scale = scale.to(self.codes.device)
-        if learned is not None and self.weight_scale is not None:
-            self.weight_scale.data = self.weight_scale.data.float()
+        if learned is not None and self.weight_scale is not None and self.weight_scale.dtype is not learned.dtype:
+            self.weight_scale.data = learned.to(self.weight_scale.device)
+        self.blend(*(None if blend is None else blend.to(self.weight.device) for blend in blends))
         return self
 
     def quantised(self) -> Codes:
         """Codes int8 (out, in) and scale float32 (groups,): the kept ones, or derived from ``weight`` now."""
         if self.codes is not None and self.codes.dtype is torch.uint8 and self.scale is not None:
             return Codes(unpack_quarters(self.codes, self.in_features), self.scale)
+        if (kept := self.kept) is not None:
+            return kept
         kernels = self.choose_backend(self.weight.device)
-        return self.kept or kernels.quantise_weight(self.weight, self.quant, scale=self.weight_scale)
+        return kernels.quantise_weight(self.weight, self.quant, scale=self.weight_scale)
 
     def choose_backend(self, device: torch.device) -> Backend:
         """The given backend, or the automatic choice for ``device``."""

@@ -209,7 +209,7 @@ def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
             if tuple(given.codes.shape) != (layer.out_features, layer.in_features):
                 raise ValueError(f"{name}: codes of shape {tuple(given.codes.shape)} for {layer}")
             layer.keep(given)
-            layer.weight = nn.Parameter(given.scale.new_empty(0), requires_grad=False)
+            layer.weight, layer.weight_scale = nn.Parameter(given.scale.new_empty(0), requires_grad=False), None
     for shared in model.modules():
         if isinstance(shared, SharedInput) and shared.stackable:
             shared.keep(stack_codes(shared.bit_layers))

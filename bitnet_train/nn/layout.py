@@ -106,7 +106,14 @@ def check_spec(cfg: DecoderConfig, spec: QuantSpec) -> None:
             f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like "
             "'layers.0.self_attn.o_proj'."
         )
-    for name, layer in quantised_layers(cfg, spec).items():
+    quantised = quantised_layers(cfg, spec)
+    for change in spec.late:
+        if not any(fnmatchcase(name, change.pattern) for name in quantised):
+            raise ConfigError(
+                f"quant.overrides: '{change.pattern}' since {change.since:g} matches no quantised layer: float layers "
+                "do not quantise their inputs."
+            )
+    for name, layer in quantised.items():
         try:
             layer.group_count(linears[name][0])
         except ConfigError as error:

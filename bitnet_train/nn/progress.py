@@ -22,6 +22,7 @@ class QuantProgress:
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
         self.seed = seed
+        self._strengths: dict[int, Tensor] = {}
 
     def apply(self, state: QuantState, step: int, cache: CodeCache | None) -> None:
         """Put the model into ``state`` for step ``step`` (from 0); ``cache`` is what keeps its codes, if any."""
@@ -42,16 +43,15 @@ class QuantProgress:
             self._blend(state.strengths)
 
     def _blend(self, strengths: tuple[float, ...]) -> None:
-        shared: dict[int, Tensor] = {}
         for name, layer in self.layers.items():
-            block = block_number(name, len(strengths))
-            value = layer.weight_blend
-            if value is None or value.dim() or value.device != layer.weight.device:
-                # One tensor for all layers of a block, whose inputs are then quantised once.
-                if block not in shared:
-                    shared[block] = torch.empty((), device=layer.weight.device)
-                layer.blend(shared[block], shared[block])
-                value = shared[block]
+            block, device = block_number(name, len(strengths)), layer.weight.device
+            # One tensor for all layers of a block, whose inputs are then quantised once.
+            if block not in self._strengths or self._strengths[block].device != device:
+                self._strengths[block] = torch.empty((), device=device)
+            value = self._strengths[block]
+            # A move of the model gives each layer copies of its own.
+            if layer.weight_blend is not value or layer.input_blend is not value:
+                layer.blend(value, value)
             value.fill_(strengths[block])
 
     @torch.no_grad()

@@ -82,6 +82,8 @@ def quantise_inputs(x: Tensor, inputs: InputQuant) -> TokenCodes:
         return quantise_tokens(x)
     largest = float(2 ** (inputs.bits - 1) - 1)
     spans = x.unflatten(-1, (-1, inputs.group_size or x.shape[-1]))
+    if not x.numel():  # nothing has no largest magnitude
+        return TokenCodes(x.to(torch.int8), x.new_zeros(spans.shape[:-1]))
     dims = -1 if inputs.granularity != "tensor" else tuple(range(spans.dim()))
     if inputs.statistic == "absmax":
         reach = torch.linalg.vector_norm(spans, torch.inf, dim=dims, keepdim=True)

@@ -84,7 +84,8 @@ class GradientConfig:
     # the run's own type.
     dx: GradientPrecision = GradientPrecision.auto
     # dW = dY.T @ X: bf16; int8 with one scale per output and block of 128 tokens of dY; or auto: the run's own type,
-    # which is also what int8 comes to for layers whose inputs stay floats (quant.activation.bits=null).
+    # which is also what int8 comes to for layers whose inputs stay floats (quant.activation.bits=null) or have a scale
+    # per group.
     dw: GradientPrecision = GradientPrecision.auto
 
 
@@ -179,7 +180,8 @@ class LayerwiseProgressive(ProgressiveConfig):
 
 @dataclass
 class BitStage:
-    # Bits of the weights in this stage: 2, 3, 4 or 8, symmetric with the scale of the largest magnitude.
+    # Bits of the weights in this stage: 3, 4 or 8, symmetric with the scale of the largest magnitude. Layers that keep
+    # more in the end have theirs all along.
     bits: int = MISSING
     # When the stage ends: a step, or below 1 a share of trainer.max_steps.
     until: float = MISSING

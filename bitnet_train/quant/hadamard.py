@@ -14,13 +14,21 @@ def hadamard_block(width: int) -> int:
     return width & -width
 
 
-@cache
 def hadamard_matrix(size: int, device: torch.device) -> Tensor:
     """The orthonormal symmetric Hadamard matrix (size, size) in float32, ``size`` a power of two (Sylvester)."""
+    # Dynamo does not look into caches, and warns of them.
+    return _matrix(size, device) if torch.compiler.is_compiling() else _kept_matrix(size, device)
+
+
+def _matrix(size: int, device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / size**0.5
+
+
+# Not inference_mode, even inside one: the matrix is saved for the backward of later steps.
+_kept_matrix = cache(torch.inference_mode(False)(_matrix))
 
 
 def rotate(x: Tensor) -> Tensor:

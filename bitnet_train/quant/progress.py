@@ -114,13 +114,25 @@ def _check_stages(cfg: BitsProgressive, spec: QuantSpec, total: int) -> None:
         raise ConfigError("quant.progressive.stages is empty: give at least one, for example {bits: 8, until: 0.1}.")
     ends = [as_steps(stage.until, total) for stage in cfg.stages]
     if any(stage.bits not in SYMMETRIC_BITS for stage in cfg.stages):
-        raise ConfigError("quant.progressive.stages: bits must be 2, 3, 4 or 8.")
+        raise ConfigError("quant.progressive.stages: bits must be 3, 4 or 8.")
     if ends != sorted(set(ends)) or not ends[0] > 0 or ends[-1] >= total:
         raise ConfigError(
             f"quant.progressive.stages end at steps {', '.join(map(str, ends))}, which must grow and lie within the "
             f"run of trainer.max_steps={total}."
         )
-    if any(layer.trainable_scale for layer in (spec.default, *(layer for _, layer in spec.overrides))):
+    layers = [layer for layer in (spec.default, *(layer for _, layer in spec.overrides)) if layer.quantised]
+    for stage in cfg.stages:
+        if all(layer.largest_code >= 2 ** (stage.bits - 1) - 1 for layer in layers):
+            raise ConfigError(
+                f"quant.progressive.stages: a stage of {stage.bits} bits changes nothing, for no layer has fewer "
+                "in the end: leave it out."
+            )
+    if spec.gradient.dx == "fp8" and any(stage.bits == 8 for stage in cfg.stages):
+        raise ConfigError(
+            "quant.gradient.dx=fp8 does not hold the 8-bit weight codes of quant.progressive.stages exactly: use int8 "
+            "or bf16."
+        )
+    if any(layer.trainable_scale for layer in layers):
         raise ConfigError(
             "quant.progressive=bits changes the meaning of a scale from stage to stage, which a learned one cannot "
             "follow: set quant.weight.trainable_scale=false."

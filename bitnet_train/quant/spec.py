@@ -1,5 +1,6 @@
 """A frozen description of which linear layer is quantised how."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -222,7 +223,12 @@ class LateInputs:
 
 
 def as_steps(value: float, total: int) -> int:
-    """A number of steps: ``value`` itself, or below 1 that share of ``total``, rounded."""
+    """A number of steps: ``value`` itself, or below 1 that share of ``total``, rounded.
+
+    Raises ConfigError when it is none.
+    """
+    if not math.isfinite(value):
+        raise ConfigError(f"{value} is no number of steps (quant.progressive, or since in quant.overrides).")
     return round(value * total) if value < 1 else round(value)
 
 
@@ -290,10 +296,6 @@ def build_spec(cfg: QuantConfig) -> QuantSpec:
     layers = (default, *(layer for _, layer in spec.overrides))
     if gradient.dx == "fp8" and any(layer.largest_code > 16 for layer in layers):
         raise ConfigError("quant.gradient.dx=fp8 does not hold 8-bit weight codes exactly: use int8 or bf16.")
-    for change in late:  # contradictions show now, not at the step where it begins
-        for layer in layers:
-            if layer.quantised:
-                replace(layer, **dict(change.fields))  # type: ignore[arg-type]
     if not any(layer.quantised and layer.activation_bits for layer in layers):
         return replace(spec, gradient=replace(gradient, dw="bf16" if gradient.dw == "bf16" else "auto"))
     return spec

@@ -118,13 +118,18 @@ WEIGHT_QUANTISERS: dict[str, Callable[[Tensor, LayerQuant, Tensor], Codes]] = {
 def quantise_weight(weight: Tensor, layer: LayerQuant, scale: Tensor | None = None) -> Codes:
     """Codes and scales of a master weight (out, in) under ``layer``.
 
-    ``scale`` float32 (groups,) is a learned one, in the place of the layer's statistic. Raises ValueError for a float
+    ``scale`` float32 (groups,) is a learned one, in the place of the layer's statistic. A group with a weight that is
+    not finite has a scale that is not finite either, so that it shows in every output. Raises ValueError for a float
     layer and ConfigError when the groups do not divide the rows.
     """
     if not layer.quantised:
         raise ValueError("a float layer has no codes")
+    blind = scale is not None or layer.statistic == "absmedian"
     if scale is None:
         scale = statistic_scale(weight, layer)
+    if blind:  # neither a learned scale nor a median depends on every weight
+        absmax = torch.linalg.vector_norm(weight.detach().float().reshape(len(scale), -1), torch.inf, dim=1)
+        scale = torch.where(torch.isfinite(absmax), scale, torch.nan)
     return WEIGHT_QUANTISERS[layer.scheme](weight, layer, scale.detach().float().clamp(min=SCALE_FLOOR))
 
 

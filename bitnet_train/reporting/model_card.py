@@ -10,7 +10,7 @@ from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.report import Check, VerificationReport
 from bitnet_train.export.sizes import ExportSize
 from bitnet_train.nn.config import initial_source
-from bitnet_train.quant.spec import build_spec
+from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.reporting.charts import Chart, Line, png, smoothed
 from bitnet_train.reporting.metrics import Metrics, read_metrics
 from bitnet_train.reporting.page import megabytes, number
@@ -81,6 +81,13 @@ class CardFacts:
     export: ExportConfig
     size: ExportSize
     report: VerificationReport
+    # Of the step that was exported, where the run changes it on the way.
+    spec: QuantSpec | None = None
+
+    @property
+    def quantisation(self) -> QuantSpec:
+        """What is quantised how in the export."""
+        return self.spec or build_spec(self.cfg.quant)
 
 
 def write_card(facts: CardFacts, folder: Path) -> None:
@@ -99,7 +106,7 @@ def write_card(facts: CardFacts, folder: Path) -> None:
 def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
     """The text of the card."""
     cfg, report = facts.cfg, facts.report
-    rows = audit_rows(cfg.model, build_spec(cfg.quant))
+    rows = audit_rows(cfg.model, facts.quantisation)
     total = sum(row.parameters for row in rows)
     quantised = sum(row.share for row in rows if row.kept != "float")
     file = next((path.name for path in sorted(folder.glob("*.gguf"))), "")
@@ -146,7 +153,7 @@ def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
 
 
 def _kept(facts: CardFacts) -> str:
-    schemes = sorted({row.kept.split(",")[0] for row in audit_rows(facts.cfg.model, build_spec(facts.cfg.quant))})
+    schemes = sorted({row.kept.split(",")[0] for row in audit_rows(facts.cfg.model, facts.quantisation)})
     return " or ".join(scheme for scheme in schemes if scheme != "float") or "quantised"
 
 

@@ -16,7 +16,7 @@ from bitnet_train.export.sizes import ExportSize
 from bitnet_train.export.tensor_file import TensorFileWriter, TensorInfo
 from bitnet_train.nn.config import DecoderConfig
 from bitnet_train.nn.layout import parameter_table, quantised_layers
-from bitnet_train.quant.spec import QuantSpec
+from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
 NAME = "packed"
 WEIGHTS = "model.safetensors"
@@ -51,12 +51,17 @@ def packed_size(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> Ex
     return ExportSize(sum(info.bytes for info in infos.values()), sum(codes), sum(embedding), weights)
 
 
+def scheme_of_codes(layer: LayerQuant) -> str:
+    """What the codes in the file are: those of 2-bit symmetric weights are ternary, whatever their scale was."""
+    return "ternary" if layer.scheme == "symmetric" else layer.scheme
+
+
 def packed_config(
     cfg: DecoderConfig, spec: QuantSpec, tokenizer: TextTokenizer, export: ExportConfig
 ) -> dict[str, Any]:
     """config.json: all that a reader needs beside the tensors."""
     layers = {
-        name: {"scheme": layer.scheme, "activation_bits": layer.activation_bits}
+        name: {"scheme": scheme_of_codes(layer), "activation_bits": layer.activation_bits}
         for name, layer in quantised_layers(cfg, spec).items()
     }
     return {
