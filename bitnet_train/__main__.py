@@ -32,10 +32,19 @@ from bitnet_train.config import (
     with_kinds,
 )
 from bitnet_train.data.corpus import open_corpus
-from bitnet_train.errors import BitnetTrainError, ConfigError
+from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
-from bitnet_train.recipes import Catalogue, check_one_kind, config_folder, option_of, register, settle, yaml_reason
+from bitnet_train.recipes import (
+    Catalogue,
+    check_one_kind,
+    config_folder,
+    option_of,
+    read_sweep,
+    register,
+    settle,
+    yaml_reason,
+)
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Overrides that never name a sweep's job.
@@ -68,6 +77,7 @@ def answer(arguments: list[str]) -> int:
             print(help_text(catalogue), end="")
             return 0
         others = [argument for argument in arguments if argument not in flags.overrides]
+        flags.overrides = put_sweeps_in(flags.overrides, catalogue, bool(flags.multirun))
         flags.overrides = [quoted(line) for line in flags.overrides]
         check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
         if not flags.multirun:
@@ -100,6 +110,27 @@ def _say(sentence: str) -> None:
 def _out_of_memory(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return OUT_OF_MEMORY.format(reason=lines[0][:160].rstrip(". ") if lines else type(error).__name__)
+
+
+def put_sweeps_in(overrides: list[str], catalogue: Catalogue, sweeping: bool) -> list[str]:
+    """``overrides`` with the lines of conf/sweep/NAME.yaml in the place of ``+sweep=NAME``.
+
+    Raises ConfigError without ``-m``, for a sweep that does not exist, and for a file that is none.
+    """
+    found: list[str] = []
+    for line in overrides:
+        key, _, name = line.lstrip("+").partition("=")
+        if key != "sweep":
+            found.append(line)
+            continue
+        options = catalogue.options.get("sweep", [])
+        if name not in options:
+            raise ConfigError(f"The sweep {name} does not exist; choose one of {', '.join(options)}."
+                              f"{did_you_mean(name, options)}")  # fmt: skip
+        if not sweeping:
+            raise ConfigError(f"+sweep={name} makes many runs: put -m in front of the settings.")
+        found += read_sweep(catalogue.files[f"sweep/{name}"])
+    return found
 
 
 class _Parser(ArgumentParser):
@@ -257,12 +288,13 @@ def run_job(job: Job, catalogue: Catalogue) -> int:
         cfg = to_config(on_a_run(job))
     else:
         command = node.command.value
-        if job.recipe is None:
+        if job.recipe is None and node.command is not Command.convert:
             raise ConfigError(f"No recipe is chosen: add +recipe=NAME, one of {', '.join(catalogue.recipes)}.")
         if node.run is not None:
             those = ", ".join(c.value for c in ON_A_RUN)
             raise ConfigError(f"run= is for {those}; command={command} starts from a recipe.")
-        node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
+        if job.recipe is not None:
+            node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
         cfg = to_config(node)
         if node.command in NEED_TEXT and not cfg.on_images:
             open_corpus(cfg.text.corpus)  # says at once that the text is missing

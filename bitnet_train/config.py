@@ -15,21 +15,26 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data
 from bitnet_train.data.images.config import IMAGE_SOURCE_CONFIGS, ImageDataConfig
+from bitnet_train.data.mixture import KEY as MIXTURE_KEY
+from bitnet_train.data.mixture import check_mixture
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
-from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.config import ConvertConfig, ExportConfig, check_convert
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, DecoderConfig, check_decoder, check_init
-from bitnet_train.nn.layout import check_spec
+from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.nn.vision.config import VISION_CONFIGS
-from bitnet_train.quant.spec import build_spec
+from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
+from bitnet_train.quant.progress import check_progressive
+from bitnet_train.quant.spec import as_steps, build_spec
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.loggers.config import LOGGER_CONFIGS
-from bitnet_train.training.losses.config import LOSS_CONFIGS
+from bitnet_train.training.losses.config import LOSS_CONFIGS, DistillationLoss
 from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
+from bitnet_train.training.regularisers.config import REGULARISER_CONFIGS
 from bitnet_train.training.schedules.config import SCHEDULE_CONFIGS
 from bitnet_train.training.vision.checks import check_vision
 
@@ -46,6 +51,7 @@ class Command(Enum):
     generate = "generate"
     report = "report"
     benchmark = "benchmark"
+    convert = "convert"
 
 
 # Commands that read the configuration of the run they work on.
@@ -62,7 +68,7 @@ class PathsConfig:
 
 @dataclass
 class Config(RunConfig):
-    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report or benchmark.
+    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report, benchmark or convert.
     command: Command = Command.train
     # Name of the run's folder under paths.runs; null for the recipe's name.
     run_name: str | None = None
@@ -79,11 +85,14 @@ class Config(RunConfig):
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     # What benchmark compares.
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    # What convert reads and writes.
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
 
 
 # Where the configuration has a choice of variants: key -> name -> dataclass. These are Hydra's config groups too.
 VARIANTS: dict[str, dict[str, Any]] = {
     "init": INIT_CONFIGS,
+    "quant.progressive": PROGRESSIVE_CONFIGS,
     "data.corpus": CORPUS_CONFIGS,
     "data.tokenizer": TOKENIZER_CONFIGS,
     "data.source": IMAGE_SOURCE_CONFIGS,
@@ -92,6 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weight_decay_schedule": SCHEDULE_CONFIGS,
     "clip": CLIP_CONFIGS,
     "loss": LOSS_CONFIGS,
+    "regulariser": REGULARISER_CONFIGS,
     "logger": LOGGER_CONFIGS,
 }
 
@@ -102,10 +112,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "data": {"text": DataConfig, "images": ImageDataConfig},
 }
 
+# Variants that configurations of older runs lack.
+SINCE_LATER = ("quant.progressive", "regulariser")
+
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
-    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "logger",
-    "checkpoint", "samples", "kernels", "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
+    "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
+    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
+    "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip
 
@@ -122,6 +136,7 @@ def validate(cfg: Config) -> None:
         _check_language(cfg)
     check_kernels(cfg.kernels)
     check_training(cfg)
+    _check_way_to_codes(cfg)
     if not cfg.on_images:
         check_formats(cfg.export, cfg.decoder, build_spec(cfg.quant))
     if set(cfg.resume) != {"from"}:
@@ -140,14 +155,29 @@ def validate(cfg: Config) -> None:
 def _check_language(cfg: Config) -> None:
     model, text = cfg.decoder, cfg.text
     check_decoder(model)
-    check_spec(model, build_spec(cfg.quant))
+    spec = build_spec(cfg.quant)
+    if cfg.command is Command.convert:
+        check_convert(cfg.convert, spec.quantised)
+    else:
+        check_spec(model, spec)  # a foreign model has layers of its own
     check_init(cfg.init, model.norms)
+    check_init_overrides(model, cfg.init)
     check_data(text, model.context)
+    check_mixture(text, cfg.trainer.max_steps)
     if model.vocab < text.tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab={model.vocab} is smaller than data.tokenizer.vocab_size={text.tokenizer.vocab_size}: "
             "raise it, or leave it out to follow the tokenizer."
         )
+
+
+def _check_way_to_codes(cfg: Config) -> None:
+    if not cfg.trainer.max_steps:
+        return
+    spec = build_spec(cfg.quant)
+    check_progressive(cfg.quant.progressive, spec, cfg.trainer.max_steps)
+    for change in spec.late:  # contradictions show now, not at the step where it begins
+        check_spec(cfg.model, spec.at(as_steps(change.since, cfg.trainer.max_steps), cfg.trainer.max_steps))
 
 
 def check_benchmarked(cfg: Config) -> None:
@@ -157,6 +187,8 @@ def check_benchmarked(cfg: Config) -> None:
             f"command=benchmark needs one micro-batch for everything it compares, not trainer.micro_batch="
             f"{cfg.trainer.micro_batch}: give a number, or null for the whole step at once."
         )
+    if isinstance(cfg.loss, DistillationLoss):
+        raise ConfigError("command=benchmark times steps without a teacher: add loss=cross_entropy.")
     for variant in cfg.benchmark.variants:
         with_overrides(cfg, variant.overrides, f"benchmark.variants, {variant.name}")
 
@@ -228,6 +260,8 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
 
 def unknown_key(key: str, kind: Any = None) -> str:
     """The sentence for a key that does not exist; ``kind`` is the dataclass where it was looked for, if known."""
+    if key.startswith(f"{MIXTURE_KEY}."):  # free names, checked with the corpus that they belong to
+        return f"{key} is not given yet: write it with a plus, +{key}=VALUE."
     parent, _, leaf = key.rpartition(".")
     options = VARIANTS.get(parent, {})
     chosen = next((name for name, option in options.items() if option is kind), None)
@@ -300,6 +334,8 @@ def from_plain(plain: dict[str, Any], origin: Path) -> DictConfig:
         if "." in key and OmegaConf.select(base, key) is None:
             continue  # a part of the other kind of data
         name = OmegaConf.select(saved, f"{key}.name")
+        if name is None and key in SINCE_LATER:
+            continue  # a run from before this choice existed, which is what its default does
         if name is None:
             raise ConfigError(f"{origin} is not the configuration of a run: it has no {key}.name.")
         if name not in options:
@@ -337,8 +373,12 @@ def may_change(key: str) -> bool:
 
 
 def check_continuation(saved: dict[str, Any], cfg: Config, origin: Path) -> None:
-    """Raises ConfigError, naming the key, when ``cfg`` would change what the saved run computes."""
-    old, new = dict(flatten(with_kinds(saved))), dict(flatten(to_plain(cfg)))
+    """Raises ConfigError, naming the key, when ``cfg`` would change what the saved run computes.
+
+    A key that the saved run lacks is of a later version; its default is what the run did without it.
+    """
+    filled = OmegaConf.to_container(from_plain(saved, origin), resolve=True, enum_to_str=True)
+    old, new = dict(flatten(filled)), dict(flatten(to_plain(cfg)))
     for key in [*new, *(k for k in old if k not in new)]:
         if old.get(key) != new.get(key) and not may_change(key):
             raise ConfigError(

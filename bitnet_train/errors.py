@@ -26,6 +26,12 @@ class VerificationError(BitnetTrainError):
     exit_code = 4
 
 
+class ConversionError(BitnetTrainError):
+    """A model was not converted: a check failed, and the model is what it was before."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'lr'?"`` when one of ``known`` is close to ``word``, otherwise an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

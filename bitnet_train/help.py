@@ -18,6 +18,7 @@ Commands (command=...)
   evaluate   loss and bits per byte of a run or an export, on any text; accuracy on test images
   generate   let a run or an export continue a prompt
   report     a page about a run, or about all runs of a sweep: curves, samples, exports
+  convert    turn the linear layers of a transformers checkpoint into BitLinear, checked
   benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)
@@ -29,6 +30,7 @@ Examples (each after python -m bitnet_train)
   +recipe=small data=files data.corpus.path=~/texts
   command=export run=runs/tiny
   +recipe=tiny init.from=runs/tiny/export/hf-master run_name=more
+  command=convert convert.from=~/llama convert.to=~/llama-ternary
   command=evaluate run=runs/tiny evaluate.text=README.md
   command=generate run=runs/tiny 'generate.prompt="import os"'
   +recipe=small command=benchmark          speed and memory beside bf16, on this machine
@@ -44,8 +46,9 @@ Flags
 
 Every setting, with its value:  python -m bitnet_train +recipe=tiny --cfg job
 What a setting means:           the comments in bitnet_train/*/config.py
-Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export failed its
-verification; 130 Ctrl-C; 143 terminated. A continued sweep ends with its worst code.
+Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a
+conversion failed its checks; 130 Ctrl-C; 143 terminated. A continued sweep ends with
+its worst code.
 """
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bitnet_train.config import KINDS, VARIANTS, Config
 from bitnet_train.errors import ConfigError, did_you_mean
+from bitnet_train.ladders import read_ladder
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -81,6 +82,11 @@ def register(user_folder: Path | None) -> Catalogue:
             catalogue.add(key.replace(".", "/"), name)
     _note_files(catalogue, config_folder("conf"))
     _store_recipes(catalogue, store, config_folder("recipes"))
+    for path in sorted((config_folder("recipes") / "ladders").glob("*.yaml")):
+        for name, node in read_ladder(path).items():
+            catalogue.add("recipe", name, path)
+            catalogue.recipe_nodes[name] = node
+            store.store(group="recipe", name=name, node=node, package="_global_")
     if user_folder is not None:
         if not user_folder.is_dir():
             raise ConfigError(f"--config-dir {user_folder} is not a folder.")
@@ -100,7 +106,7 @@ def register(user_folder: Path | None) -> Catalogue:
 
 def _note_files(catalogue: Catalogue, folder: Path) -> None:
     """The options in ``folder``'s group folders, which Hydra reads by itself."""
-    known = {"quant", *KINDS, *(key.replace(".", "/") for key in VARIANTS)}
+    known = {"quant", "sweep", *KINDS, *(key.replace(".", "/") for key in VARIANTS)}
     for group in sorted(known):
         for path in sorted((folder / group).glob("*.yaml")):
             catalogue.add(group, path.stem, path)
@@ -126,6 +132,17 @@ def _read_recipe(catalogue: Catalogue, path: Path) -> bool:
         return False
     catalogue.recipe_nodes[path.stem] = node
     return True
+
+
+def read_sweep(path: Path) -> list[str]:
+    """The overrides of a sweep file, a list of ``key=value,value`` lines. Raises ConfigError when it is none."""
+    try:
+        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The sweep {path} is not readable YAML: {yaml_reason(error)}.") from None
+    if not isinstance(lines, list) or not all(isinstance(line, str) and "=" in line for line in lines):
+        raise ConfigError(f"The sweep {path} must be a list of key=value,value lines.")
+    return lines
 
 
 def settle(catalogue: Catalogue, given: dict[str, str], kinds: dict[str, str] | None = None) -> None:

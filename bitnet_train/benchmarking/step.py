@@ -3,7 +3,7 @@
 Lightning adds its hooks, loggers and data loading to every step; they are the same for every contender and are left
 out. Everything that computes is in: rates of the step, forward and loss (compiled together as in
 ``training/module.py``, under autocast as Lightning's precision plugin opens it), backward of every micro-batch, clip
-rule, optimizer, refresh of the codes (a hook of the optimizer's), and dropping the gradients.
+rule, guard, optimizer, refresh of the codes (a hook of the optimizer's), and dropping the gradients.
 """
 
 import itertools
@@ -18,9 +18,11 @@ from bitnet_train.benchmarking.contenders import Contender
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.training.clipping.rules import build_clip
 from bitnet_train.training.config import batch_plan
-from bitnet_train.training.losses.cross_entropy import build_loss
+from bitnet_train.training.guard.rule import build_guard
+from bitnet_train.training.losses.build import build_loss
 from bitnet_train.training.optimizers.build import build_optimizer
-from bitnet_train.training.step import next_token_loss, set_step_rates
+from bitnet_train.training.regularisers.penalties import build_regulariser
+from bitnet_train.training.step import clip_gradients, next_token_loss, set_step_rates
 
 _NUMBERS = itertools.count()
 
@@ -49,8 +51,11 @@ class TrainingStep:
         self.plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
         self.decoder = contender.decoder().to(self.device)
         self.optimizer = build_optimizer(cfg.optimizer, self.decoder)
-        self.clip = build_clip(cfg.clip).to(self.device)
+        self.clip = build_clip(cfg.clip, cfg.trainer.max_steps).to(self.device)
+        guard = build_guard(cfg.guard)
+        self.guard = None if guard is None else guard.to(self.device)
         self.cache = CodeCache(self.decoder, self.optimizer)
+        self.regulariser = build_regulariser(cfg.regulariser, self.decoder, cfg.trainer.max_steps)
         self._compute = self._batch_loss()
 
     @property
@@ -76,10 +81,14 @@ class TrainingStep:
                 loss = self._compute(batch)
             losses.append(loss.detach())
             (loss / self.plan.accumulation).backward()
-        set_step_rates(self.optimizer, cfg, min(step, cfg.trainer.max_steps - 1))
-        self.clip.clip(self.decoder.parameters())
+        step = min(step, cfg.trainer.max_steps - 1)
+        set_step_rates(self.optimizer, cfg, step)
+        if self.regulariser is not None:
+            self.regulariser.add_gradients(step)
+        mean = torch.stack(losses).mean()
+        clip_gradients(self.decoder, self.clip, self.guard, self.optimizer, mean, step)
         self.optimizer.step()
-        return torch.stack(losses).mean()
+        return mean
 
     def synchronise(self) -> None:
         """Wait for the device."""
@@ -93,11 +102,12 @@ class TrainingStep:
         return nullcontext()
 
     def _batch_loss(self) -> Callable[[Tensor], Tensor]:
-        cfg, decoder, loss = self.contender.cfg, self.decoder, build_loss(self.contender.cfg.loss)
+        cfg, decoder = self.contender.cfg, self.decoder
+        loss = build_loss(cfg.loss, cfg.decoder)
         bos = 0 if cfg.text.attend_within_documents else None
 
         def batch_loss(ids: Tensor) -> Tensor:
-            return next_token_loss(decoder, loss, ids, bos)
+            return next_token_loss(decoder, loss, ids, bos).total
 
         return compiled_alone(batch_loss, self.contender.name) if self.contender.compiled else batch_loss
 

@@ -8,11 +8,17 @@ from rich.table import Table
 
 from bitnet_train.commands.console import make_console
 from bitnet_train.config import Config
-from bitnet_train.data.prepare import prepared
+from bitnet_train.data.config import MixtureCorpus
+from bitnet_train.data.describe import describe
+from bitnet_train.data.mixture import expected_samples
+from bitnet_train.data.prepare import prepared, shard_folder
+from bitnet_train.data.shards import MANIFEST, load_manifest
 from bitnet_train.errors import ConfigError
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
 from bitnet_train.planning.vision import ImageEstimate, estimate_images
+from bitnet_train.training.losses.config import DistillationLoss
+from bitnet_train.training.optimizers.config import MuonConfig
 from bitnet_train.training.run_folder import write_atomically
 
 Figures = Estimate | ImageEstimate
@@ -26,25 +32,32 @@ def run(cfg: Config) -> int:
     console = make_console()
     assert cfg.run_name is not None
     figures: Figures
+    data = describe(cfg.data, cfg.trainer.max_steps)
     if cfg.on_images:
         figures = estimate_images(cfg, cfg.export.dtype)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"data": data}
         work = _image_work(figures, cfg)
     else:
         figures = estimate(cfg, cfg.export.dtype)
         tokens, remark = training_tokens(cfg)
+        corpora = corpus_epochs(cfg, figures)
         more = {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
-        work = _work(figures, cfg, tokens, remark)
+        more |= {"data": data, "corpus_epochs": corpora or None}
+        work = _work(figures, cfg, tokens, remark, corpora)
     folder = Path(cfg.paths.runs) / cfg.run_name / "estimate"
     try:
-        draw(cfg, f"{cfg.run_name}: learning rate and weight decay", folder / "schedule.png")
+        batch = ", batch" if cfg.trainer.batch_warmup else ""
+        draw(cfg, f"{cfg.run_name}: learning rate, weight decay{batch}", folder / "schedule.png")
         write_atomically(folder / "estimate.json", json.dumps(figures.as_dict() | more, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another with paths.runs=.") from None
     console.print(f"Estimate of {cfg.run_name}, from the configuration alone")
-    for table in (_parameters(figures), work, _memory(figures), _disk(figures), _curve(figures)):
+    console.print(f"data: {data}", markup=False)
+    for table in (_parameters(figures), work, _memory(figures, cfg), _disk(figures, cfg), _curve(figures)):
         console.print()
         console.print(table)
+    if isinstance(cfg.loss, DistillationLoss):
+        console.print(f"Not counted: the teacher {cfg.loss.teacher}, its weights and its forward passes.", markup=False)
     console.print(f"{folder / 'schedule.png'} and {folder / 'estimate.json'}")
     return 0
 
@@ -59,6 +72,17 @@ def training_tokens(cfg: Config) -> tuple[int | None, str]:
     if manifest is None:
         return None, "known once the data are prepared"
     return int(manifest.splits["train"]["tokens"]), ""
+
+
+def corpus_epochs(cfg: Config, figures: Estimate) -> dict[str, float]:
+    """How often each corpus of a mixture is seen; empty for a single corpus and before the data are prepared."""
+    folder = shard_folder(cfg.text, Path(cfg.paths.data))
+    if not isinstance(cfg.text.corpus, MixtureCorpus) or not (folder / MANIFEST).is_file():
+        return {}
+    manifest = load_manifest(folder)
+    seen = expected_samples(cfg.text, cfg.trainer.max_steps, figures.batch.consumed)
+    length = cfg.text.sequence_length
+    return {name: samples * length / manifest.splits[f"train/{name}"]["tokens"] for name, samples in seen.items()}
 
 
 def human(value: float, units: tuple[tuple[float, str], ...] = BYTE_UNITS) -> str:
@@ -93,7 +117,7 @@ def _parameters(figures: Figures) -> Table:
     return table
 
 
-def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Table:
+def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str, corpora: dict[str, float]) -> Table:
     table = _table("Work (2 operations per weight and token; backward twice forward)", "what", "figure")
     plan = figures.batch
     for name, value in figures.forward_flops.items():
@@ -103,12 +127,16 @@ def _work(figures: Estimate, cfg: Config, tokens: int | None, remark: str) -> Ta
     table.add_row("training, whole run", f"{figures.training_flops:.3g}")
     table.add_row("steps", f"{figures.steps:,}")
     table.add_row("tokens per step", f"{cfg.trainer.batch_tokens:,}")
+    if plan.warmup:
+        table.add_row("  before", plan.warmup_text(cfg.text.sequence_length))
     cut = f"{plan.accumulation} x {plan.micro_batch} sequences of {cfg.text.sequence_length:,}"
     table.add_row("  as micro-batches", cut)
     if figures.batch_assumption is not None:
         table.add_row("  trainer.micro_batch", figures.batch_assumption)
     table.add_row("tokens, whole run", f"{figures.tokens:,}")
     table.add_row("epochs", f"{figures.tokens / tokens:.2f} of {tokens:,} tokens" if tokens else remark)
+    for name, epochs in corpora.items():
+        table.add_row(f"  of {name}", f"{epochs:.2f}")
     return table
 
 
@@ -127,7 +155,7 @@ def _image_work(figures: ImageEstimate, cfg: Config) -> Table:
     return table
 
 
-def _memory(figures: Figures) -> Table:
+def _memory(figures: Figures, cfg: Config) -> Table:
     memory = figures.memory
     precision = "auto, counted as bf16-mixed" if figures.precision == "auto" else figures.precision
     title = f"Training memory (an estimate; eager, micro-batch {figures.batch.micro_batch}, {precision})"
@@ -137,7 +165,7 @@ def _memory(figures: Figures) -> Table:
     for name, value in (
         ("master weights (float32)", memory.master_weights),
         ("gradients (float32)", memory.gradients),
-        ("optimizer state (2 moments, float32)", memory.optimizer_state),
+        (f"optimizer state ({_moments(cfg)}, float32)", memory.optimizer_state),
         ("code buffers (int8 codes, row scales)", memory.code_buffers),
         ("float weights in the compute type", memory.compute_copies),
         *((f"activations: {name}", value) for name, value in memory.activations.items()),
@@ -148,19 +176,25 @@ def _memory(figures: Figures) -> Table:
     return table
 
 
-def _disk(figures: Figures) -> Table:
+def _moments(cfg: Config) -> str:
+    return "1 moment of the blocks' matrices, 2 of the rest" if isinstance(cfg.optimizer, MuonConfig) else "2 moments"
+
+
+def _disk(figures: Figures, cfg: Config) -> Table:
     what = "weights" if isinstance(figures, ImageEstimate) else "export"
     title = f"On disk (tensors that are no codes in {figures.export_dtype})"
     table = _table(title, "file", "without embeddings", "whole")
     for size in figures.exports:
         table.add_row(f"{what}, {size.packing}", human(size.without_embeddings), human(size.total))
-    table.add_row("checkpoint (weights, 2 moments)", "", human(figures.checkpoint_bytes))
+    table.add_row(f"checkpoint (weights, {_moments(cfg)})", "", human(figures.checkpoint_bytes))
     return table
 
 
 def _curve(figures: Figures) -> Table:
-    table = _table("Schedule", "step", "", "learning rate", "weight decay")
+    warmup = figures.batch.warmup
+    table = _table("Schedule", "step", "", "learning rate", "weight decay", *(["tokens"] if warmup else []))
     table.columns[0].justify, table.columns[1].justify = "right", "left"
     for point in figures.curve:
-        table.add_row(f"{point.step:,}", point.what, f"{point.lr:.3g}", f"{point.weight_decay:.3g}")
+        tokens = [f"{point.tokens:,}"] if warmup else []
+        table.add_row(f"{point.step:,}", point.what, f"{point.lr:.3g}", f"{point.weight_decay:.3g}", *tokens)
     return table

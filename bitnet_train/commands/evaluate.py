@@ -13,6 +13,7 @@ from bitnet_train.commands.console import make_console, print_table
 from bitnet_train.commands.evaluate_images import evaluate_images
 from bitnet_train.commands.sources import LoadedModel, load_model, open_run, read_text
 from bitnet_train.config import Config
+from bitnet_train.data.mixture import chats
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.bits_per_byte import cut_windows, windows_loss
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
@@ -144,5 +145,10 @@ def _texts(cfg: Config, model: LoadedModel) -> tuple[list[str], str, bool]:
             raise ConfigError(f"{cfg.run} lies in no run's folder and has no validation text: give evaluate.text=FILE.")
         cfg.run = str(parent)
         run = open_run(cfg)
+    if chats(cfg.text.corpus):
+        raise ConfigError(
+            "The validation text of chat data is measured while training, on the assistant's tokens alone: give "
+            "evaluate.text=FILE or evaluate.tasks=[...] here."
+        )
     ids = run.validation_ids(cfg, cfg.text.validation_tokens)
     return documents(ids, run.tokenizer), "the validation text", cfg.text.attend_within_documents

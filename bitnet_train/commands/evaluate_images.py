@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitnet_train.commands.console import print_table
-from bitnet_train.commands.sources import place
+from bitnet_train.commands.sources import place, spec_after
 from bitnet_train.config import Config
 from bitnet_train.data.images.batches import in_order
 from bitnet_train.data.images.sources import load_images
@@ -17,7 +17,6 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.classification import images_loss
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.vision.model import build_classifier
-from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.run import check_start
 from bitnet_train.training.run_folder import RunFolder, write_atomically
@@ -34,9 +33,10 @@ def evaluate_images(cfg: Config, console: Console) -> int:
     splits = load_images(cfg.images)
     # Of other training images, some might be these test images.
     step = check_start(folder.last_checkpoint, cfg, splits.fingerprint)
+    spec = spec_after(cfg, folder.last_checkpoint, step)
     state = torch.load(folder.last_checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     device, backend = place(cfg)
-    model = build_classifier(cfg.classifier, build_spec(cfg.quant), cfg.init, cfg.seed, backend)
+    model = build_classifier(cfg.classifier, spec, cfg.init, cfg.seed, backend)
     model.load_state_dict({k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)})
     model = model.to(device).eval()
     CodeCache(model)

@@ -88,9 +88,10 @@ def _run_name(cfg: Config, opened: OpenedRun) -> str:
 
 
 def _write_card(cfg: Config, opened: OpenedRun, folder: Path, report: VerificationReport, console: Console) -> None:
-    size = FORMATS[folder.name].size(cfg.decoder, opened.canonical.spec, cfg.export)
+    spec = opened.canonical.spec
+    size = FORMATS[folder.name].size(cfg.decoder, spec, cfg.export)
     try:
-        write_card(CardFacts(cfg, _run_name(cfg, opened), opened.folder, cfg.export, size, report), folder)
+        write_card(CardFacts(cfg, _run_name(cfg, opened), opened.folder, cfg.export, size, report, spec), folder)
     except OSError as error:
         console.print(f"The model card of {folder} is not written: {error.strerror}", markup=False)
 

@@ -8,6 +8,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from bitnet_train.commands.console import make_console
 from bitnet_train.config import Config
 from bitnet_train.data.config import DataConfig
+from bitnet_train.data.corpus import open_corpus, remarks
+from bitnet_train.data.describe import describe
 from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.prepare import prepare, prepared, shard_folder
 from bitnet_train.data.shards import Manifest, verify_shards
@@ -22,10 +24,12 @@ def run(cfg: Config) -> int:
     if cfg.on_images:
         return _load_images(cfg, console)
     folder, manifest = ensure_prepared(cfg, console)
+    console.print(f"data: {describe(cfg.text, cfg.trainer.max_steps)}", markup=False)
     for split, entry in manifest.splits.items():
+        learnt = f", {entry['learnt']:,} of them learnt" if "learnt" in entry else ""
         console.print(
-            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens "
-            f"({entry['bytes'] / entry['tokens']:.2f} bytes per token) in {len(entry['shards'])} shard(s)"
+            f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens{learnt} "
+            f"({entry['bytes'] / max(1, entry['tokens']):.2f} bytes per token) in {len(entry['shards'])} shard(s)"
         )
     checked = verify_shards(folder, manifest, cfg.text.verify)
     load_tokenizer(folder)
@@ -64,4 +68,6 @@ def _prepare(cfg: DataConfig, root: Path, console: Console) -> Manifest:
 
         if not console.is_terminal:
             console.print(f"preparing {cfg.corpus.name}: tokenizer, then token shards")
+        for remark in remarks(open_corpus(cfg.corpus)):
+            console.print(remark, markup=False)
         return prepare(cfg, root, progress)

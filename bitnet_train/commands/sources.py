@@ -17,7 +17,9 @@ from bitnet_train.export.held_out import HeldOut
 from bitnet_train.export.writers import is_export, load_any_export
 from bitnet_train.kernels.backend import Backend, choose_backend
 from bitnet_train.nn.decoder import Decoder
-from bitnet_train.quant.spec import build_spec
+from bitnet_train.nn.layout import block_count
+from bitnet_train.quant.progress import quant_state
+from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.training.run_folder import RunFolder
 
 
@@ -68,7 +70,7 @@ class OpenedRun:
                 f"{export} was made from step {step}, whose checkpoint {self.folder.path} no longer keeps "
                 f"(its last one is step {self.canonical.step}): export again."
             )
-        return open_checkpoint(path, cfg.decoder, build_spec(cfg.quant))
+        return _open(path, cfg)
 
 
 def open_run(cfg: Config) -> OpenedRun:
@@ -81,8 +83,29 @@ def open_run(cfg: Config) -> OpenedRun:
         raise ConfigError(f"run={cfg.run} is no run folder (it has no config.yaml){hint}.")
     if folder.last_checkpoint is None:
         raise ConfigError(f"The run {cfg.run} has saved no checkpoint yet: train it first.")
-    canonical = open_checkpoint(folder.last_checkpoint, cfg.decoder, build_spec(cfg.quant))
+    canonical = _open(folder.last_checkpoint, cfg)
     return OpenedRun(folder, canonical, load_tokenizer(folder.tokenizer))
+
+
+def _open(path: Path, cfg: Config) -> CanonicalCheckpoint:
+    """The checkpoint of a run as its last step computed. Raises ConfigError while its weights are not quantised yet."""
+    return open_checkpoint(path, cfg.decoder, build_spec(cfg.quant), lambda step: spec_after(cfg, path, step))
+
+
+def spec_after(cfg: Config, path: Path, step: int) -> QuantSpec:
+    """What the last of ``step`` steps, that checkpoint ``path`` is of, computed with.
+
+    Raises ConfigError while the weights are not quantised yet.
+    """
+    total = max(1, cfg.trainer.max_steps)
+    spec, blocks = build_spec(cfg.quant), block_count(cfg.model)
+    state = quant_state(cfg.quant.progressive, spec, max(0, step - 1), total, blocks)
+    if not state.complete:
+        raise ConfigError(
+            f"{path} is of step {step}, where the weights are still on their way to codes "
+            f"(quant.progressive={cfg.quant.progressive.name}): train the run to its end."
+        )
+    return state.spec
 
 
 @dataclass(frozen=True)

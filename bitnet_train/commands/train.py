@@ -10,12 +10,14 @@ from bitnet_train.commands.console import make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_yaml
 from bitnet_train.data.images.sources import load_images
+from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
+from bitnet_train.training.losses.config import DistillationLoss
 from bitnet_train.training.run_folder import RunFolder
 
 
@@ -35,6 +37,10 @@ def run(cfg: Config) -> int:
     outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, fork, console)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
+        if not outcome.saved:
+            where = (
+                f"stopped at step {outcome.step}, which is not worth saving; checkpoints are in {folder.checkpoints}"
+            )
         console.print(f"{where}; the same command continues the run")
         return outcome.exit_code
     if folder.metrics_file.is_file():
@@ -51,7 +57,8 @@ def run(cfg: Config) -> int:
 
 def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> Any:
     """Train a language model; the outcome."""
-    # Weights that do not fit are found before anything is prepared.
+    # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
+    _check_teacher(cfg)
     initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
     shards, manifest = ensure_prepared(cfg, console)
 
@@ -89,11 +96,11 @@ def _result(cfg: Config, result: Any) -> str:
     figure = f"[bold]{result.figure}[/bold]"
     if cfg.on_images:
         return f"{figure} on {result.images:,} held-out images"
-    beside = ""
-    if cfg.text.validation_tokens is None:
+    beside, masked = "", bool(chats(cfg.text.corpus))
+    if cfg.text.validation_tokens is None and not masked:
         others = compressed_bits_per_byte(split_text(cfg.text, "val").encode())
         beside = f" ({', '.join(f'{name}: {bits:.2f}' for name, bits in others.items())} on the same text)"
-    return f"{figure} on {result.bytes:,} held-out bytes{beside}"
+    return f"{figure} on {result.bytes:,} held-out bytes{' that are learnt' if masked else ''}{beside}"
 
 
 def _initial_weights(cfg: Config) -> Any:
@@ -102,7 +109,17 @@ def _initial_weights(cfg: Config) -> Any:
         return None
     from bitnet_train.export.initial import read_initial
 
-    return read_initial(source, cfg.decoder, build_spec(cfg.quant))
+    initial = read_initial(source, cfg.decoder, build_spec(cfg.quant))
+    if cfg.init.sub_norms is not None and not initial.lacks_sub_norms:
+        raise ConfigError(f"init.from={source} brings its own sub-norms: leave init.sub_norms out.")
+    return initial
+
+
+def _check_teacher(cfg: Config) -> None:
+    if isinstance(cfg.loss, DistillationLoss) and cfg.trainer.max_steps > 0:
+        from bitnet_train.training.teachers.source import find_teacher
+
+        find_teacher(cfg)
 
 
 def _check_same_fork(saved: dict[str, Any], cfg: Config, folder: RunFolder) -> None:

@@ -5,6 +5,7 @@ Images, the other kind of ``data``, are in :mod:`bitnet_train.data.images.config
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Union
 
 from omegaconf import MISSING
 
@@ -29,14 +30,15 @@ class StdlibCorpus(CorpusConfig):
 
 @dataclass
 class FilesCorpus(CorpusConfig):
-    """Local text and jsonl files (also .gz), one document per text file and per jsonl line."""
+    """Local text, jsonl (both also .gz) and parquet files: one document per text file, jsonl line and parquet row."""
 
     name: str = "files"
     # A file, or a folder that is searched recursively.
     path: str = ""
-    # Which files of a folder are read.
+    # Which files of a folder are read. A folder in which the default finds none is searched for *.parquet; where text
+    # and parquet files lie together, [*.parquet] must be asked for.
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.jsonl", "*.txt.gz", "*.jsonl.gz"])
-    # Field of a jsonl line that holds the text.
+    # Field of a jsonl line, or column of a parquet file, that holds the text.
     text_field: str = "text"
     # A file or folder of validation documents; null takes every validation_every-th document of path instead.
     validation_path: str | None = None
@@ -44,7 +46,77 @@ class FilesCorpus(CorpusConfig):
     validation_every: int = 50
 
 
-CORPUS_CONFIGS: dict[str, type[CorpusConfig]] = {"stdlib": StdlibCorpus, "files": FilesCorpus}
+@dataclass
+class HubCorpus(CorpusConfig):
+    """A data set of the Hugging Face hub, or a local folder or file in one of its formats, read with ``datasets``.
+
+    Code of a data set is never run. Once its token shards are made the hub is not asked again: the commit they were
+    made from stays with them until data.rebuild=true.
+    """
+
+    name: str = "hub"
+    # A hub repository such as HuggingFaceFW/fineweb-edu, a local folder (parquet, json, csv, arrow or text files, or
+    # what save_to_disk wrote), or a local file.
+    path: str = ""
+    # Subset (configuration) of the data set, such as sample-10BT; null where there is only one.
+    subset: str | None = None
+    # Split that is trained on; slices such as train[:5%] work without streaming. Local files without names of splits
+    # are all train.
+    split: str = "train"
+    # Column that holds the text. Rows without text are left out.
+    text_field: str = "text"
+    # Files or patterns in the repository or folder, such as [data/*.parquet]; null for all that belong to the split.
+    data_files: list[str] | None = None
+    # Read rows as they come instead of first keeping a copy of the data set in the cache of datasets (HF_HOME).
+    streaming: bool = False
+    # Branch, tag or commit of a hub repository; null for its main branch as it is when the shards are made.
+    revision: str | None = None
+    # Rows that are read from the split; null for all.
+    max_documents: int | None = None
+    # Split of validation documents; null takes every validation_every-th document of split instead.
+    validation_split: str | None = None
+    # Document i is validation when i % validation_every == 7 (only without validation_split).
+    validation_every: int = 50
+
+
+@dataclass
+class ChatCorpus(CorpusConfig):
+    """Conversations for supervised fine-tuning: jsonl or parquet with a list of messages (role, content), as
+    transformers' chat format. The loss is on the assistant's tokens alone.
+    """
+
+    name: str = "chat"
+    # A file, or a folder that is searched recursively.
+    path: str = ""
+    # Which files of a folder are read.
+    patterns: list[str] = field(default_factory=lambda: ["*.jsonl", "*.jsonl.gz", "*.parquet"])
+    # Field or column that holds the messages.
+    messages_field: str = "messages"
+    # Chat template: Jinja text, or a file that holds it; null for the tokenizer's own. It is handed on with exports.
+    template: str | None = None
+    # A file or folder of validation conversations; null takes every validation_every-th conversation of path instead.
+    validation_path: str | None = None
+    # Conversation i is validation when i % validation_every == 7 (only without validation_path).
+    validation_every: int = 50
+
+
+@dataclass
+class MixtureCorpus(CorpusConfig):
+    """Several corpora, of whose windows each gets its share of every 1,000 training samples. One tokenizer for all."""
+
+    name: str = "mixture"
+    # NAME: {corpus: files, weight: 0.7, path: ..., any other setting of that corpus}. Weights are relative to their sum
+    # (1 where none is given); 0 is for what only a later one of data.stages brings in.
+    corpora: Any = None
+
+
+CORPUS_CONFIGS: dict[str, type[CorpusConfig]] = {
+    "stdlib": StdlibCorpus,
+    "files": FilesCorpus,
+    "hub": HubCorpus,
+    "chat": ChatCorpus,
+    "mixture": MixtureCorpus,
+}
 
 
 @dataclass
@@ -92,6 +164,20 @@ class Verify(Enum):
     quick = "quick"
 
 
+class DataStage:
+    """A part of the run with another mixture, as BitNet b1.58 2B4T's second stage (arXiv 2504.12285, section 2.2)."""
+
+    # Weight of each corpus from then on; one that is not named gets no samples.
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+# Where the stage begins: an optimizer step (a whole number) or a share of trainer.max_steps (0.8). (`from` is a keyword
+# in Python, so the field is added here.)
+DataStage.__annotations__["from"] = Union[int, float]  # noqa: UP007
+setattr(DataStage, "from", field(default=MISSING, init=False, repr=False, compare=False))
+dataclass(DataStage)
+
+
 @dataclass
 class DatasetConfig:
     """Base of what models are trained on; a file of the ``data`` group is of one of its subclasses, by its ``name``."""
@@ -120,6 +206,8 @@ class DataConfig(DatasetConfig):
     verify: Verify = Verify.auto
     # Prepare again even if prepared shards exist (command=prepare).
     rebuild: bool = False
+    # Other mixtures from a given step on: [{from: 0.8, weights: {NAME: 0.5, ...}}]; only with data/corpus=mixture.
+    stages: list[DataStage] | None = None
 
 
 def check_data(cfg: DataConfig, context: int) -> None:
@@ -136,8 +224,7 @@ def check_data(cfg: DataConfig, context: int) -> None:
         raise ConfigError(
             f"data.validation_tokens={cfg.validation_tokens} is less than one sequence of {cfg.sequence_length}."
         )
-    if getattr(cfg.corpus, "validation_every", 50) < 8:
-        raise ConfigError("data.corpus.validation_every must be at least 8 (document 7 of each round is validation).")
+    check_corpus(cfg.corpus, "data.corpus")
     if isinstance(cfg.tokenizer, BpeTokenizer) and cfg.tokenizer.vocab_size < 257:
         raise ConfigError(
             f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size} is too small for bytes and a special "
@@ -147,3 +234,12 @@ def check_data(cfg: DataConfig, context: int) -> None:
         raise ConfigError(
             "data.tokenizer.source is empty: give a tokenizer.json, a folder that holds one, or a hub name."
         )
+
+
+def check_corpus(cfg: CorpusConfig, key: str) -> None:
+    """Raises ConfigError when the settings of one corpus, which stand at ``key``, are out of range."""
+    if getattr(cfg, "validation_every", 50) < 8:
+        raise ConfigError(f"{key}.validation_every must be at least 8 (document 7 of each round is validation).")
+    limit = getattr(cfg, "max_documents", None)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"{key}.max_documents is {limit}; it must be at least 1, or null for all.")

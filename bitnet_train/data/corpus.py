@@ -8,24 +8,19 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from bitnet_train.data.config import CorpusConfig, FilesCorpus, StdlibCorpus
+from bitnet_train.data.chat import ChatSource
+from bitnet_train.data.config import ChatCorpus, CorpusConfig, FilesCorpus, HubCorpus, MixtureCorpus, StdlibCorpus
+from bitnet_train.data.document import Document, find_files, held_out, matching, stamp
+from bitnet_train.data.hub import HubSource
+from bitnet_train.data.mixture import KEY, parts
+from bitnet_train.data.parquet import read_texts
 from bitnet_train.errors import ConfigError
 
-VALIDATION_OFFSET = 7
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, and whether it is held out for validation."""
-
-    text: str
-    validation: bool
 
 
 class Corpus(Protocol):
@@ -36,10 +31,6 @@ class Corpus(Protocol):
 
     def identity(self) -> dict[str, str]:
         """What the text depends on; a change of it means the prepared shards are of another text."""
-
-
-def _held_out(index: int, every: int) -> bool:
-    return index % every == VALIDATION_OFFSET
 
 
 class StdlibSource:
@@ -73,20 +64,24 @@ class StdlibSource:
             if digest in seen:
                 continue
             seen.add(digest)
-            yield Document(text, _held_out(index, self.cfg.validation_every))
+            yield Document(text, held_out(index, self.cfg.validation_every))
             index += 1
 
     def identity(self) -> dict[str, str]:
-        return {"python": sys.version, "files": _stamp(self.root / path for path in self._paths())}
+        return {"python": sys.version, "files": stamp(self.root / path for path in self._paths())}
 
 
 class FilesSource:
-    """Local files: one document per text file, one per line of a jsonl file; ``.gz`` is unpacked on the way."""
+    """Local files: one document per text file, one per line of a jsonl file (``.gz`` is unpacked on the way), one per
+    row of a parquet file.
+    """
 
     def __init__(self, cfg: FilesCorpus) -> None:
         if not cfg.path:
-            raise ConfigError("data.corpus.path is not set: give a text or jsonl file, or a folder of them.")
+            raise ConfigError("data.corpus.path is not set: give a text, jsonl or parquet file, or a folder of them.")
         self.cfg = cfg
+        # What the user may not expect.
+        self.remarks: list[str] = []
         self.validation_files = (
             self._find(cfg.validation_path, "data.corpus.validation_path") if cfg.validation_path else None
         )
@@ -97,34 +92,27 @@ class FilesSource:
             raise ConfigError(f"data.corpus.path={cfg.path} holds no files but those of data.corpus.validation_path.")
 
     def _find(self, where: str, key: str) -> list[Path]:
-        root = Path(where).expanduser()
-        if root.is_file():
-            return [root]
-        if not root.exists():
-            raise ConfigError(f"{key}={where} does not exist: give a text or jsonl file, or a folder of them.")
-        found = sorted(
-            (
-                p
-                for p in root.rglob("*")
-                if p.is_file() and any(fnmatch(p.name, pattern) for pattern in self.cfg.patterns)
-            ),
-            key=lambda p: p.relative_to(root).as_posix(),
-        )
-        if not found:
-            raise ConfigError(
-                f"{key}={where} holds no file that matches {', '.join(self.cfg.patterns)} (data.corpus.patterns)."
-            )
+        root, patterns = Path(where).expanduser(), self.cfg.patterns
+        tables = matching(root, ["*.parquet"]) if root.is_dir() else []
+        if tables and patterns == FilesCorpus().patterns and not matching(root, patterns):
+            patterns = ["*.parquet"]
+        found = find_files(where, patterns, key)
+        if left := len(set(tables) - set(found)):
+            self.remarks.append(f"{left} parquet file(s) in {where} are left out by data.corpus.patterns")
         return found
 
     def documents(self) -> Iterator[Document]:
         every = self.cfg.validation_every
         for index, text in enumerate(self._texts(self.files)):
-            yield Document(text, self.validation_files is None and _held_out(index, every))
+            yield Document(text, self.validation_files is None and held_out(index, every))
         for text in self._texts(self.validation_files or []):
             yield Document(text, True)
 
     def _texts(self, files: list[Path]) -> Iterator[str]:
         for path in files:
+            if path.suffix == ".parquet":
+                yield from read_texts(path, self.cfg.text_field)
+                continue
             opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
             try:
                 if path.name.removesuffix(".gz").endswith(".jsonl"):
@@ -162,20 +150,58 @@ class FilesSource:
                 yield text
 
     def identity(self) -> dict[str, str]:
-        return {"files": _stamp([*self.files, *(self.validation_files or [])])}
+        return {"files": stamp([*self.files, *(self.validation_files or [])])}
 
 
-def _stamp(paths: Iterator[Path] | list[Path]) -> str:
-    """A digest of names, sizes and modification times: cheap, and different whenever a file was edited."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+class MixtureSource:
+    """Several corpora, one after the other by name; ``sources`` holds each of them."""
+
+    def __init__(self, cfg: MixtureCorpus) -> None:
+        self.sources: dict[str, Corpus] = {}
+        for name, part in parts(cfg).items():
+            with _told_apart(name):
+                self.sources[name] = open_corpus(part.corpus)
+
+    def documents(self) -> Iterator[Document]:
+        for name in self.sources:
+            yield from self.documents_of(name)
+
+    def documents_of(self, name: str) -> Iterator[Document]:
+        """The documents of one corpus."""
+        with _told_apart(name):
+            yield from self.sources[name].documents()
+
+    def identity(self) -> dict[str, str]:
+        return {f"{name}/{key}": v for name, source in self.sources.items() for key, v in source.identity().items()}
+
+    def identity_since(self, recorded: dict[str, str]) -> dict[str, str]:
+        """As :func:`identity_since`, for each corpus."""
+        found: dict[str, str] = {}
+        for name, source in self.sources.items():
+            own = {key.removeprefix(f"{name}/"): v for key, v in recorded.items() if key.startswith(f"{name}/")}
+            found |= {f"{name}/{key}": value for key, value in identity_since(source, own).items()}
+        return found
+
+
+@contextmanager
+def _told_apart(name: str) -> Iterator[None]:
+    """What is wrong with one corpus of a mixture names the key that it stands at."""
+    try:
+        yield
+    except ConfigError as error:
+        said = str(error)
+        named = said.replace("data.corpus.", f"{KEY}.{name}.") if "data.corpus." in said else f"{KEY}.{name}: {said}"
+        raise ConfigError(named) from None
 
 
 # Add a corpus: a dataclass in data.config.CORPUS_CONFIGS, and its source here.
-CORPORA: dict[type[CorpusConfig], Callable[..., Corpus]] = {StdlibCorpus: StdlibSource, FilesCorpus: FilesSource}
+CORPORA: dict[type[CorpusConfig], Callable[..., Corpus]] = {
+    StdlibCorpus: StdlibSource,
+    FilesCorpus: FilesSource,
+    HubCorpus: HubSource,
+    ChatCorpus: ChatSource,
+    MixtureCorpus: MixtureSource,
+}
 
 
 def open_corpus(cfg: CorpusConfig) -> Corpus:
@@ -183,3 +209,18 @@ def open_corpus(cfg: CorpusConfig) -> Corpus:
     if type(cfg) not in CORPORA:
         raise ConfigError(f"data.corpus={cfg.name} has no entry in bitnet_train.data.corpus.CORPORA")
     return CORPORA[type(cfg)](cfg)
+
+
+def identity_since(corpus: Corpus, recorded: dict[str, str]) -> dict[str, str]:
+    """The identity to compare with ``recorded``, that of shards made earlier.
+
+    A corpus whose text lies elsewhere has a method of this name and need not be reached once its shards are made.
+    """
+    own: Callable[..., dict[str, str]] | None = getattr(corpus, "identity_since", None)
+    return corpus.identity() if own is None else own(recorded)
+
+
+def remarks(corpus: Corpus) -> list[str]:
+    """What the user may not expect of a corpus, said before it is read."""
+    inner = corpus.sources.values() if isinstance(corpus, MixtureSource) else [corpus]
+    return [remark for source in inner for remark in getattr(source, "remarks", [])]

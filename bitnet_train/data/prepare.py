@@ -5,12 +5,25 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from bitnet_train.data.config import DataConfig, PretrainedTokenizer
-from bitnet_train.data.corpus import Corpus, Document, open_corpus
-from bitnet_train.data.shards import MANIFEST, TOKENIZER_FILE, Manifest, ShardWriter, load_manifest, tokenizer_digest
+from bitnet_train.data.chat import ChatSource, Conversation
+from bitnet_train.data.chat_template import ChatEncoder
+from bitnet_train.data.config import CorpusConfig, DataConfig, MixtureCorpus, PretrainedTokenizer
+from bitnet_train.data.corpus import Corpus, MixtureSource, identity_since, open_corpus
+from bitnet_train.data.document import Document
+from bitnet_train.data.mixture import parts
+from bitnet_train.data.shards import (
+    MANIFEST,
+    TOKENIZER_FILE,
+    Manifest,
+    ShardWriter,
+    joined,
+    load_manifest,
+    tokenizer_digest,
+)
 from bitnet_train.data.tokenizer import TextTokenizer, build_tokenizer
 from bitnet_train.errors import ConfigError
 
@@ -29,10 +42,17 @@ def source_settings(cfg: DataConfig) -> dict[str, object]:
     """The settings that decide the content of the shards."""
     return {
         "format": FORMAT_VERSION,
-        "corpus": asdict(cfg.corpus),
+        "corpus": _corpus_settings(cfg.corpus),
         "tokenizer": asdict(cfg.tokenizer),
         "shard_tokens": cfg.shard_tokens,
     }
+
+
+def _corpus_settings(cfg: CorpusConfig) -> dict[str, Any]:
+    if not isinstance(cfg, MixtureCorpus):
+        return asdict(cfg)
+    # Other weights need no other shards.
+    return {"name": cfg.name, "corpora": {name: asdict(part.corpus) for name, part in parts(cfg).items()}}
 
 
 def shard_folder(cfg: DataConfig, root: Path) -> Path:
@@ -41,9 +61,12 @@ def shard_folder(cfg: DataConfig, root: Path) -> Path:
     return root / f"{cfg.corpus.name}-{cfg.tokenizer.name}{cfg.tokenizer.vocab_size}-{digest}"
 
 
-def _identity(cfg: DataConfig, corpus: Corpus) -> dict[str, str]:
-    """What the shards depend on beside the settings: the text, and a local tokenizer's file."""
-    identity = corpus.identity()
+def _identity(cfg: DataConfig, corpus: Corpus, recorded: dict[str, str] | None = None) -> dict[str, str]:
+    """What the shards depend on beside the settings: the text, and a local tokenizer's file.
+
+    ``recorded`` is that of shards made earlier, for corpora that are not asked again.
+    """
+    identity = corpus.identity() if recorded is None else identity_since(corpus, recorded)
     if isinstance(cfg.tokenizer, PretrainedTokenizer):
         source = Path(cfg.tokenizer.source).expanduser()
         file = source / TOKENIZER_FILE if source.is_dir() else source
@@ -61,8 +84,8 @@ def prepared(cfg: DataConfig, root: Path) -> Manifest | None:
     if not (folder / MANIFEST).is_file():
         return None
     manifest = load_manifest(folder)
-    current = _identity(cfg, open_corpus(cfg.corpus))
-    if manifest.source["identity"] != current:
+    recorded = manifest.source["identity"]
+    if recorded != _identity(cfg, open_corpus(cfg.corpus), recorded):
         raise ConfigError(
             f"The text of data.corpus={cfg.corpus.name} (or the tokenizer's file) has changed since {folder} "
             "was prepared: prepare again with command=prepare data.rebuild=true."
@@ -117,30 +140,65 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
             f"The tokenizer has {tokenizer.vocab_size} ids, more than "
             f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}."
         )
+    if isinstance(corpus, MixtureSource):
+        sources = corpus.sources
+        streams = {f"/{name}": corpus.documents_of(name) for name in sources}
+    else:
+        sources, streams = {"": corpus}, {"": corpus.documents()}
+    chat = None
+    if chatting := [source for source in sources.values() if isinstance(source, ChatSource)]:
+        template = chatting[0].template or tokenizer.chat_template
+        if template is None:
+            raise ConfigError(
+                f"The tokenizer {getattr(cfg.tokenizer, 'source', '')} has no chat template: set data.corpus.template."
+            )
+        tokenizer = replace(tokenizer, chat_template=template)
+        chat = ChatEncoder(tokenizer, template)
     tokenizer.save(folder)
-    writers = {split: ShardWriter(folder, split, tokenizer.vocab_size, cfg.shard_tokens) for split in ("train", "val")}
+    splits: dict[str, dict[str, Any]] = {}
     done = 0
-    for documents in _batches(corpus.documents()):
-        texts = [document.text for document in documents]
-        for document, ids in zip(documents, tokenizer.encode_batch(texts), strict=True):
-            size = len(document.text.encode())
-            writers["val" if document.validation else "train"].add([tokenizer.bos_id, *ids], size)
-            done += size
-        progress("tokenising", done)
+    for suffix, stream in streams.items():
+        writers = {
+            split: ShardWriter(folder, f"{split}{suffix}", tokenizer.vocab_size, cfg.shard_tokens)
+            for split in ("train", "val")
+        }
+        for documents in _batches(stream):
+            for document, (ids, mask) in zip(documents, _encoded(documents, tokenizer, chat), strict=True):
+                size = len(document.text.encode())
+                writers["val" if document.validation else "train"].add(ids, size, mask)
+                done += size
+            progress("tokenising", done)
+        splits |= {f"{split}{suffix}": writer.finish() for split, writer in writers.items()}
+    if isinstance(corpus, MixtureSource):
+        both = {split: joined([splits[f"{split}/{name}"] for name in corpus.sources]) for split in ("train", "val")}
+        splits = both | splits
     source = {
         **source_settings(cfg),
         "identity": identity,
         "tokenizer_digest": tokenizer_digest(folder / TOKENIZER_FILE),
     }
-    manifest = Manifest(FORMAT_VERSION, source, {split: writer.finish() for split, writer in writers.items()})
-    for split, name in (("train", "training"), ("val", "validation")):
-        if manifest.splits[split]["tokens"] < 2:
-            raise ConfigError(
-                f"data.corpus={cfg.corpus.name} gives no {name} documents: add text, or set "
-                "data.corpus.validation_path."
-            )
+    manifest = Manifest(FORMAT_VERSION, source, splits)
+    for split, entry in splits.items():
+        if entry["tokens"] < 2 and not split.startswith("val/"):  # the others have validation documents
+            name, key = "validation" if split == "val" else "training", "data.corpus"
+            key += f".corpora.{split.removeprefix('train/')}" if "/" in split else f"={cfg.corpus.name}"
+            raise ConfigError(f"{key} gives no {name} documents: add text, or set data.corpus.validation_path.")
     manifest.save(folder)
     return manifest
+
+
+def _encoded(
+    documents: list[Document], tokenizer: TextTokenizer, chat: ChatEncoder | None
+) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Ids of each document, the bos id first, and beside conversations a mask; of plain text everything is learnt."""
+    if isinstance(documents[0], Conversation):
+        assert chat is not None
+        for document in documents:
+            assert isinstance(document, Conversation)
+            yield chat.encode(document)
+        return
+    for ids in tokenizer.encode_batch([document.text for document in documents]):
+        yield [tokenizer.bos_id, *ids], None if chat is None else [1] * (len(ids) + 1)
 
 
 def _training_texts(corpus: Corpus, progress: Progress) -> Iterator[str]:

@@ -3,7 +3,9 @@
 Nothing has to be stored or replayed to resume: the state of the sampler is the number of samples consumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, repeat
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -83,19 +85,33 @@ def _mix_all(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
 class ConsumedBatchSampler(Sampler[list[int]]):
     """Batches of ``batch`` sample numbers, starting after ``consumed`` samples; endless.
 
-    With ``world`` processes, process ``rank`` takes every world-th batch, so that together they consume the samples in
-    the same order as one process would.
+    Before them come those of ``early``, pairs (number of batches, samples in each). With ``world`` processes, process
+    ``rank`` takes every world-th batch, so that together they consume the samples in the same order as one process
+    would. ``order`` (sample number -> window) takes the place of :func:`sample_index`.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, consumed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        consumed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        early: Sequence[tuple[int, int]] = (),
+        order: Callable[[int], int] | None = None,
+    ) -> None:
         self.size, self.batch, self.seed, self.consumed = size, batch, seed, consumed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.early = rank, world, early
+        self.order = order or partial(sample_index, size=size, seed=seed)
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.consumed + self.rank * self.batch
-        while True:
-            yield [sample_index(n, self.size, self.seed) for n in range(first, first + self.batch)]
-            first += self.batch * self.world
+        first = self.consumed
+        sizes = chain(*(repeat(size, count) for count, size in self.early), repeat(self.batch))
+        for number, size in enumerate(sizes):
+            if number % self.world == self.rank:
+                yield [self.order(n) for n in range(first, first + size)]
+            first += size

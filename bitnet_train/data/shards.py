@@ -43,7 +43,8 @@ class Manifest:
     version: int
     # The configuration, corpus identity and tokenizer digest that the shards were made from.
     source: dict[str, Any]
-    # "train" and "val" -> shards, tokens, documents and UTF-8 bytes of text.
+    # "train" and "val" -> shards, tokens, documents and UTF-8 bytes of text. A mixture has "train/NAME" and "val/NAME"
+    # of each corpus beside, and the shards of the two are those of all of them.
     splits: dict[str, dict[str, Any]]
     # Digest of the tokens and the tokenizer: what a run remembers. The same text prepared again, touched or moved, has
     # the same fingerprint.
@@ -62,6 +63,15 @@ class Manifest:
     def shards(self, split: str) -> list[ShardInfo]:
         """The shard files of a split, in order."""
         return [ShardInfo(**shard) for shard in self.splits[split]["shards"]]
+
+    def masks(self, split: str) -> list[ShardInfo]:
+        """Beside the shards of chat data: uint8 of as many tokens, 1 for those that are learnt. Else nothing."""
+        return [ShardInfo(**shard) for shard in self.splits[split].get("masks", [])]
+
+    @property
+    def corpora(self) -> list[str]:
+        """The names of a mixture's corpora, sorted; nothing for a single corpus."""
+        return sorted(split.removeprefix("train/") for split in self.splits if split.startswith("train/"))
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json."""
@@ -102,13 +112,19 @@ class ShardWriter:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.infos: list[ShardInfo] = []
-        self.documents = self.text_bytes = 0
+        self.masks: list[ShardInfo] = []
+        self.documents = self.text_bytes = self.learnt = 0
         self._pending: list[np.ndarray] = []
+        self._pending_masks: list[np.ndarray] = []
         self._pending_tokens = 0
 
-    def add(self, ids: Iterable[int], text_bytes: int) -> None:
-        """Append one document."""
+    def add(self, ids: Iterable[int], text_bytes: int, mask: Iterable[int] | None = None) -> None:
+        """Append one document, with a mask (as many zeros and ones) or, all of a split alike, without."""
         part = np.fromiter(ids, dtype=self.dtype)
+        if mask is not None:
+            self._pending_masks.append(np.fromiter(mask, dtype=np.uint8))
+            assert len(self._pending_masks[-1]) == len(part)
+            self.learnt += int(self._pending_masks[-1].sum())
         self._pending.append(part)
         self._pending_tokens += len(part)
         self.documents += 1
@@ -120,20 +136,39 @@ class ShardWriter:
         """Write what is left; the split's entry for the manifest."""
         if self._pending_tokens:
             self._flush(self._pending_tokens)
+        masks: dict[str, Any] = {}
+        if self.masks:
+            masks = {"masks": [asdict(info) for info in self.masks], "learnt": self.learnt}
         return {
             "shards": [asdict(info) for info in self.infos],
+            **masks,
             "tokens": sum(info.tokens for info in self.infos),
             "documents": self.documents,
             "bytes": self.text_bytes,
         }
 
     def _flush(self, tokens: int) -> None:
-        everything = np.concatenate(self._pending)
-        shard, rest = everything[:tokens], everything[tokens:]
-        path = self.folder / f"{self.split}-{len(self.infos):05d}.npy"
-        np.save(path, shard)
-        self.infos.append(ShardInfo(path.name, len(shard), path.stat().st_size, file_digest(path), sample_digest(path)))
-        self._pending, self._pending_tokens = [rest], len(rest)
+        name = f"{self.split.replace('/', '-')}-{len(self.infos):05d}"
+        self._pending = self._write(self._pending, tokens, f"{name}.npy", self.infos)
+        self._pending_tokens -= tokens
+        if self._pending_masks:
+            self._pending_masks = self._write(self._pending_masks, tokens, f"{name}.mask.npy", self.masks)
+
+    def _write(self, pending: list[np.ndarray], tokens: int, name: str, infos: list[ShardInfo]) -> list[np.ndarray]:
+        """Save the first ``tokens`` entries; the rest."""
+        everything = np.concatenate(pending)
+        path = self.folder / name
+        np.save(path, everything[:tokens])
+        infos.append(ShardInfo(name, tokens, path.stat().st_size, file_digest(path), sample_digest(path)))
+        return [everything[tokens:]]
+
+
+def joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's entry of a split that consists of others, one after the other."""
+    keys = ("tokens", "documents", "bytes", *(["learnt"] if any("learnt" in entry for entry in entries) else []))
+    sums = {key: sum(entry.get(key, 0) for entry in entries) for key in keys}
+    lists = {key: [shard for entry in entries for shard in entry.get(key, [])] for key in ("shards", "masks")}
+    return {key: found for key, found in lists.items() if found or key == "shards"} | sums
 
 
 def file_digest(path: Path) -> str:
@@ -158,7 +193,9 @@ def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
 
     Raises ConfigError for a missing, truncated or edited shard.
     """
-    shards = [shard for split in manifest.splits for shard in manifest.shards(split)]
+    # A mixture's shards stand in two splits.
+    named = (s for split in manifest.splits for s in (*manifest.shards(split), *manifest.masks(split)))
+    shards = list({shard.file: shard for shard in named}.values())
     tokenizer = folder / TOKENIZER_FILE
     wanted_tokenizer = manifest.source.get("tokenizer_digest")
     if wanted_tokenizer is not None and (not tokenizer.is_file() or tokenizer_digest(tokenizer) != wanted_tokenizer):
@@ -179,11 +216,15 @@ def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
 
 
 class TokenArray:
-    """The tokens of one split as one long array over memory-mapped shards; picklable for loader processes."""
+    """The tokens of one split as one long array over memory-mapped shards; picklable for loader processes.
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        self.paths = [folder / shard.file for shard in manifest.shards(split)]
-        self.starts = np.cumsum([0, *(shard.tokens for shard in manifest.shards(split))])
+    With ``masks`` their masks instead, an array of no length where there are none.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str, masks: bool = False) -> None:
+        shards = manifest.masks(split) if masks else manifest.shards(split)
+        self.paths = [folder / shard.file for shard in shards]
+        self.starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._maps: list[np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer
-from bitnet_train.data.windows import document_numbers
+from bitnet_train.data.windows import IGNORED, document_numbers, inputs_and_targets
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.decoder import Decoder
 
@@ -49,6 +49,11 @@ class TextLoss:
         return f"{self.bits_per_byte:.3f} bpb"
 
 
+def total(losses: list[TextLoss]) -> TextLoss:
+    """The loss on several texts together."""
+    return TextLoss(sum(x.nats for x in losses), sum(x.tokens for x in losses), sum(x.bytes for x in losses))
+
+
 @torch.no_grad()
 def windows_loss(
     model: Decoder,
@@ -61,7 +66,8 @@ def windows_loss(
 
     Args:
         model: called as it is; put it into eval mode.
-        batches: ids (batch, tokens + 1); each token but the first of a window is predicted from those before it.
+        batches: ids (batch, tokens + 1); each token but the first of a window is predicted from those before it. With
+            masks (``data.windows``) only the tokens that are learnt count, also their bytes.
         byte_lengths: bytes of each id, from :meth:`TextTokenizer.byte_lengths`. Special tokens count no bytes, but
             predicting them costs nats.
         bos_id: keep attention inside documents, which start with this id.
@@ -70,16 +76,17 @@ def windows_loss(
     lengths = torch.from_numpy(byte_lengths).to(device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     size = torch.zeros((), dtype=torch.int64, device=device)
-    tokens = 0
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
         ids = batch.to(device)
-        inputs, targets = ids[:, :-1], ids[:, 1:]
+        inputs, targets = inputs_and_targets(ids)
         documents = None if bos_id is None else document_numbers(inputs, bos_id)
         logits = model.forward(inputs, documents)
-        nats += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        size += lengths[targets].sum()
-        tokens += targets.numel()
-    return TextLoss(float(nats), tokens, int(size))
+        nats += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+        counted = targets != IGNORED
+        size += (lengths[targets.clamp(min=0)] * counted).sum()
+        tokens += counted.sum()
+    return TextLoss(float(nats), int(tokens), int(size))
 
 
 def text_loss(model: Decoder, tokenizer: TextTokenizer, text: str, window: int, batch: int = 16) -> TextLoss:

@@ -17,12 +17,13 @@ from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.code_cache import keep_codes
 from bitnet_train.nn.config import DecoderConfig, ResidualDtype
 from bitnet_train.nn.decoder import Decoder
-from bitnet_train.nn.layout import parameter_table, quantised_layers
+from bitnet_train.nn.layout import learned_scales, parameter_table, quantised_layers
 from bitnet_train.nn.rotary import rotary_table
-from bitnet_train.quant.spec import QuantSpec
+from bitnet_train.quant.spec import InputQuant, QuantSpec, input_fields
 from bitnet_train.quant.weights import Codes, quantise_weight
 
 PREFIX = "decoder."
+INPUTS_AS_THEY_ARE: dict[str, Any] = input_fields(InputQuant(None))
 # Longest context of a file that readers accept: the tables of rotary positions are allocated from this number alone.
 LONGEST_CONTEXT = 1 << 20
 
@@ -52,7 +53,8 @@ class CanonicalCheckpoint:
         self.quantised = quantised_layers(cfg, spec)
         self._masters = masters
         self._table = parameter_table(cfg)
-        shapes = {p.name: p.shape for p in self._table}
+        self._scales = learned_scales(cfg, spec)
+        shapes = {p.name: p.shape for p in self._table} | self._scales
         for name in [*shapes, *masters]:
             found = tuple(masters[name].shape) if name in masters else None
             if found != shapes.get(name):
@@ -66,12 +68,18 @@ class CanonicalCheckpoint:
         """Names of the parameters that stay floats: embedding, head, norms and unquantised linears."""
         return [p.name for p in self._table if p.layer_name not in self.quantised]
 
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """The learned scales float32 (groups,), by parameter name."""
+        return {name: self._masters[name].float() for name in self._scales}
+
     def codes(self, layer: str) -> Codes:
         """Codes int8 (out, in) and scale float32 (groups,) of the quantised layer called ``layer``.
 
         Raises ConfigError when its master weights are not finite, KeyError when it is not quantised.
         """
-        codes = quantise_weight(self._masters[f"{layer}.weight"], self.quantised[layer])
+        scale = self.learned.get(f"{layer}.weight_scale")
+        codes = quantise_weight(self._masters[f"{layer}.weight"], self.quantised[layer], scale)
         if not bool(torch.isfinite(codes.scale).all()):
             raise ConfigError(f"{self.origin}: the weights of {layer} are not finite; export an older checkpoint.")
         return codes
@@ -85,9 +93,9 @@ class CanonicalCheckpoint:
 
     def with_float_activations(self) -> "CanonicalCheckpoint":
         """The same weights in layers that take their inputs as they are: what dense weights compute."""
-        as_float = lambda layer: replace(layer, activation_bits=None)  # noqa: E731
+        as_float = lambda layer: replace(layer, **INPUTS_AS_THEY_ARE)  # noqa: E731
         overrides = tuple((pattern, as_float(layer)) for pattern, layer in self.spec.overrides)
-        spec = replace(self.spec, default=as_float(self.spec.default), overrides=overrides)
+        spec = replace(self.spec, default=as_float(self.spec.default), overrides=overrides, late=())
         return CanonicalCheckpoint(self.cfg, spec, self._masters, self.step, self.origin, self.fingerprint)
 
     def __iter__(self) -> Iterator[tuple[str, Codes | Tensor]]:
@@ -122,8 +130,11 @@ class CanonicalCheckpoint:
         return assemble_decoder(self.cfg, self.spec, codes, tensors, backend)
 
 
-def open_checkpoint(path: Path, cfg: DecoderConfig, spec: QuantSpec) -> CanonicalCheckpoint:
-    """The canonical checkpoint of a training checkpoint. Raises ConfigError when it is unreadable or does not fit."""
+def open_checkpoint(
+    path: Path, cfg: DecoderConfig, spec: QuantSpec, spec_after: Callable[[int], QuantSpec] | None = None
+) -> CanonicalCheckpoint:
+    """The canonical checkpoint of a training checkpoint, quantised as ``spec``, or as ``spec_after(steps done)`` where
+    the run changes it on the way. Raises ConfigError when it is unreadable or does not fit."""
     if not path.is_file():
         raise ConfigError(f"The checkpoint {path} does not exist.")
     try:
@@ -133,6 +144,8 @@ def open_checkpoint(path: Path, cfg: DecoderConfig, spec: QuantSpec) -> Canonica
         fingerprint = content.get("ShardDataModule", {}).get("fingerprint")
     except Exception as error:  # a damaged zip or pickle raises anything
         raise ConfigError(f"The checkpoint {path} cannot be read ({type(error).__name__}): use an older one.") from None
+    if spec_after is not None:
+        spec = spec_after(step)
     return CanonicalCheckpoint(cfg, spec, masters, step, path, fingerprint)
 
 
@@ -153,7 +166,7 @@ def assemble_decoder(
     parameters = dict(model.named_parameters())
     for name in parameters:
         owner, _, attribute = name.rpartition(".")
-        if owner in codes:
+        if owner in codes and attribute == "weight":
             continue
         if tensors[name].shape != parameters[name].shape:
             raise ValueError(f"{name}: shape {tuple(tensors[name].shape)} instead of {tuple(parameters[name].shape)}")

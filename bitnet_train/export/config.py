@@ -1,7 +1,11 @@
 """What a finished run is written as: the ``export`` part of the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+
+from bitnet_train.errors import ConfigError
 
 
 class ExportDtype(Enum):
@@ -52,3 +56,62 @@ class ExportConfig:
     license: str | None = None
     # Held-out tokens that verification measures perplexity on.
     verify_tokens: int = 16384
+
+
+@dataclass
+class ConvertConfig:
+    """What ``command=convert`` makes of a checkpoint of ``transformers``; how layers are quantised is ``quant``'s."""
+
+    # Folder to write.
+    to: str | None = None
+    # Layers to convert, patterns of the model's own module names with * and ?.
+    include: list[str] = field(default_factory=lambda: ["*"])
+    # Layers to leave alone; embeddings and the output head always are.
+    exclude: list[str] = field(default_factory=lambda: ["lm_head", "*.lm_head"])
+    # Tokens that the model's outputs are compared on before and after.
+    tokens: int = 256
+    # Text file for perplexity before and after, where the checkpoint has a tokenizer; null for some English prose about
+    # Python that comes with it.
+    text: str | None = None
+
+
+# Folder to read: config.json and safetensors. (`from` is a keyword in Python, so the field is added here.)
+ConvertConfig.__annotations__["from"] = str | None
+setattr(ConvertConfig, "from", field(default=None, init=False, repr=False, compare=False))
+ConvertConfig.include = field(default_factory=lambda: ["*"])
+ConvertConfig.exclude = field(default_factory=lambda: ["lm_head", "*.lm_head"])
+dataclass(ConvertConfig)
+
+
+def convert_source(cfg: ConvertConfig) -> str | None:
+    """``convert.from``."""
+    return getattr(cfg, "from")
+
+
+def check_convert(cfg: ConvertConfig, quantised: bool) -> None:
+    """Raises ConfigError when ``command=convert`` cannot start: folders, packages, or nothing to quantise to."""
+    source = convert_source(cfg)
+    if source is None or cfg.to is None:
+        missing = "convert.from=FOLDER" if source is None else "convert.to=FOLDER"
+        raise ConfigError(f"command=convert needs {missing}: it reads a checkpoint of transformers and writes another.")
+    if not quantised:
+        raise ConfigError(
+            "command=convert with quant=none would convert nothing: choose quant=ternary or quant=binary."
+        )
+    folder, to = Path(source).expanduser(), Path(cfg.to).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"convert.from={source} has no config.json: give the folder of a checkpoint of transformers.")
+    if to.resolve() == folder.resolve() or folder.resolve() in to.resolve().parents:
+        raise ConfigError(f"convert.to={cfg.to} lies in the folder that is read: choose another.")
+    if to.exists() and not (to / "bitnet_train.json").is_file() and not (to.is_dir() and not any(to.iterdir())):
+        raise ConfigError(f"convert.to={cfg.to} exists and was not written by bitnet_train: choose another folder.")
+    if cfg.tokens < 2:
+        raise ConfigError(f"convert.tokens is {cfg.tokens}; it must be at least 2.")
+    if cfg.text is not None and not Path(cfg.text).expanduser().is_file():
+        raise ConfigError(f"convert.text={cfg.text} is no file.")
+    missing_packages = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    if missing_packages:
+        raise ConfigError(
+            f"command=convert reads and writes with {' and '.join(missing_packages)}, not installed here: "
+            'pip install "bitnet-train[export]".'
+        )

@@ -1,12 +1,15 @@
 """The weights that a run starts from: those of another run, of an export, or of a checkpoint of ``transformers``."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
@@ -14,11 +17,16 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import open_checkpoint
 from bitnet_train.export.gguf.reader import gguf_path, read_gguf
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
+from bitnet_train.export.hub import download, looks_like_hub_name
 from bitnet_train.export.huggingface.reader import read_model, read_tokenizer
+from bitnet_train.export.huggingface.variant import Storage
 from bitnet_train.export.packed.reader import is_packed, read_packed, read_packed_tokenizer
-from bitnet_train.nn.config import DecoderConfig, shape_fields
+from bitnet_train.export.packed.writer import LATER_FIELDS
+from bitnet_train.nn.config import DecoderConfig, Norms, shape_fields
+from bitnet_train.nn.init import reset_scales
 from bitnet_train.nn.layout import parameter_table, quantised_layers
-from bitnet_train.quant.spec import QuantSpec
+from bitnet_train.quant.config import QuantConfig
+from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.quant.weights import Codes, masters_from_codes
 
 # How a decoder runs, not what its weights are.
@@ -32,10 +40,15 @@ class InitialWeights:
     masters: dict[str, Tensor]
     tokenizer: TextTokenizer
     description: str
+    # The layers whose codes, under the run's quantisation, are what the source computes with; the others are floats.
+    coded: frozenset[str] = frozenset()
+    # Whether the source has none of the sub-norms of the run's model; then they are ones here.
+    lacks_sub_norms: bool = False
 
 
 def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWeights:
-    """The weights of ``init.from=source``: ``RUN`` or ``RUN@STEP``, or the folder of an export or of a checkpoint.
+    """The weights of ``init.from=source``: ``RUN`` or ``RUN@STEP``, the folder of an export or of a checkpoint, or a
+    repository of the Hugging Face hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
 
     Packed codes become master weights that ternarise to these codes and scales. Raises ConfigError when the source is
     missing, damaged, or of another shape than ``cfg``.
@@ -43,7 +56,11 @@ def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWei
     name, _, step = source.partition("@")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"init.from={source} does not exist: give the folder of a run, an export or a checkpoint.")
+        if not looks_like_hub_name(source):
+            raise ConfigError(
+                f"init.from={source} does not exist: give the folder of a run, an export or a checkpoint."
+            )
+        folder, step = download(source, "init.from"), ""
     if (folder / "config.yaml").is_file():
         return _from_run(folder, step, cfg, spec, source)
     if step:
@@ -51,28 +68,52 @@ def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWei
     path = gguf_path(folder)
     if path is not None:
         model = read_gguf(path)
-        _check_shape(source, model.cfg, cfg)
-        masters = _masters(source, model.codes, model.tensors, cfg, spec)
-        return InitialWeights(masters, tokenizer_from_metadata(model.metadata), f"codes of {path}")
+        tokenizer = lambda: tokenizer_from_metadata(model.metadata)  # noqa: E731
+        return _weights(source, model.cfg, model.codes, model.tensors, cfg, spec, tokenizer, f"codes of {path}")
     if is_packed(folder):
         packed = read_packed(folder)
-        _check_shape(source, packed.cfg, cfg)
-        masters = _masters(source, packed.codes, packed.tensors, cfg, spec)
-        return InitialWeights(masters, read_packed_tokenizer(folder, packed.cfg.vocab), f"codes of {folder}")
+        tokenizer = lambda: read_packed_tokenizer(folder, packed.cfg.vocab)  # noqa: E731
+        return _weights(source, packed.cfg, packed.codes, packed.tensors, cfg, spec, tokenizer, f"codes of {folder}")
     imported = read_model(folder)
-    _check_shape(source, imported.cfg, cfg)
-    masters = _masters(source, imported.codes, imported.tensors, cfg, spec)
     what = {"hf-packed": "codes", "hf-master": "master weights", "hf-dense": "weights"}[imported.storage.value]
-    return InitialWeights(masters, read_tokenizer(folder), f"{what} of {folder}")
+    initial = _weights(
+        source, imported.cfg, imported.codes, imported.tensors, cfg, spec, lambda: read_tokenizer(folder),
+        f"{what} of {folder}",
+    )  # fmt: skip
+    if imported.storage is Storage.master:
+        return replace(initial, coded=_quantised_in_both(initial, cfg, spec, imported.spec))
+    return initial
 
 
-def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer) -> None:
-    """Raises ConfigError when token ids mean something else in the run than in the weights it starts from."""
+def _quantised_in_both(
+    initial: InitialWeights, cfg: DecoderConfig, spec: QuantSpec, theirs: QuantSpec
+) -> frozenset[str]:
+    ours, source = (set(quantised_layers(cfg, of)) for of in (spec, theirs))
+    return initial.coded | frozenset(ours & source)
+
+
+def _weights(
+    source: str,
+    found: DecoderConfig,
+    codes: dict[str, Codes],
+    tensors: dict[str, Tensor],
+    cfg: DecoderConfig,
+    spec: QuantSpec,
+    tokenizer: Callable[[], TextTokenizer],
+    description: str,
+) -> InitialWeights:
+    held = _as_held(source, {f.name: _plain(getattr(found, f.name)) for f in shape_fields()}, cfg)
+    masters, coded = _masters(source, codes, tensors, held, spec)
+    return InitialWeights(masters | _ones(held, cfg), tokenizer(), description, coded, held.norms is not cfg.norms)
+
+
+def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer, key: str = "init.from") -> None:
+    """Raises ConfigError when token ids mean something else in the run than in the weights that ``key`` names."""
     same = theirs.tokenizer.get_vocab() == ours.tokenizer.get_vocab()
     if not same or (theirs.bos_id, theirs.eos_id) != (ours.bos_id, ours.eos_id):
         bos, eos = (theirs.tokenizer.id_to_token(index) for index in (theirs.bos_id, theirs.eos_id))
         raise ConfigError(
-            f"init.from={source} was trained with another tokenizer: use its own, with data/tokenizer=pretrained "
+            f"{key}={source} was trained with another tokenizer: use its own, with data/tokenizer=pretrained "
             f"data.tokenizer.source=FOLDER (one with its tokenizer.json) data.tokenizer.bos='{bos}' "
             f"data.tokenizer.eos='{eos}' data.tokenizer.vocab_size={theirs.vocab_size}."
         )
@@ -80,32 +121,46 @@ def check_same_tokenizer(source: str, theirs: TextTokenizer, ours: TextTokenizer
 
 def _from_run(folder: Path, step: str, cfg: DecoderConfig, spec: QuantSpec, source: str) -> InitialWeights:
     try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
-        found = {field.name: saved[field.name] for field in shape_fields()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        model = LATER_FIELDS | saved["model"]
+        found = {field.name: model[field.name] for field in shape_fields()}
+        # How the run came to its codes is of no matter here, and is a choice of dataclasses.
+        settings = {key: value for key, value in saved["quant"].items() if key != "progressive"}
+        quant = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantConfig), settings))
+        assert isinstance(quant, QuantConfig)
+        theirs = build_spec(quant)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, OmegaConfBaseException):
         raise ConfigError(f"init.from={source}: {folder / 'config.yaml'} is not the configuration of a run.") from None
-    _check_fields(source, found, cfg)
+    held = _as_held(source, found, cfg)
     if step and not step.isdigit():
         raise ConfigError(f"init.from={source}: the part after @ must be a step number.")
     path = folder / "checkpoints" / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
-    canonical = open_checkpoint(path, cfg, spec)
-    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(cfg)}
-    return InitialWeights(masters, load_tokenizer(folder / "tokenizer"), f"step {canonical.step} of {folder}")
+    canonical = open_checkpoint(path, held, theirs)
+    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(held)} | _ones(held, cfg) | canonical.learned
+    what = f"step {canonical.step} of {folder}"
+    initial = InitialWeights(
+        masters, load_tokenizer(folder / "tokenizer"), what, frozenset(), held.norms is not cfg.norms
+    )
+    return replace(initial, coded=_quantised_in_both(initial, cfg, spec, theirs))
 
 
 def _masters(
     source: str, codes: dict[str, Codes], tensors: dict[str, Tensor], cfg: DecoderConfig, spec: QuantSpec
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Master weights by name, and the layers that are codes in the source and in the run."""
     quantised = quantised_layers(cfg, spec)
-    masters = {}
+    masters: dict[str, Tensor] = {}
+    coded = set()
     for parameter in parameter_table(cfg):
         layer = parameter.layer_name
         if layer not in codes and layer in quantised:
             # Dense weights may be codes times scales; averaged once more, their scales would shrink.
             dense = _codes_of_dense(tensors[parameter.name], quantised[layer].group_count(parameter.shape[0]))
-            masters[parameter.name] = (
-                tensors[parameter.name] if dense is None else masters_from_codes(dense, quantised[layer])
-            )
+            if dense is None:
+                masters[parameter.name] = tensors[parameter.name]
+            else:
+                masters[parameter.name] = masters_from_codes(dense, quantised[layer])
+                coded.add(layer)
         elif layer not in codes:
             masters[parameter.name] = tensors[parameter.name]
         elif layer not in quantised:
@@ -114,9 +169,10 @@ def _masters(
             try:
                 found = _regrouped(codes[layer], quantised[layer].group_count(parameter.shape[0]))
                 masters[parameter.name] = masters_from_codes(found, quantised[layer])
+                coded.add(layer)
             except ValueError as error:
                 raise ConfigError(f"init.from={source}: {layer}: {error}; set quant= as it was trained.") from None
-    return masters
+    return masters, frozenset(coded)
 
 
 def _codes_of_dense(weight: Tensor, groups: int) -> Codes | None:
@@ -136,8 +192,21 @@ def _regrouped(codes: Codes, groups: int) -> Codes:
     return Codes(codes.codes, scales[:, 0].clone())
 
 
-def _check_shape(source: str, found: DecoderConfig, cfg: DecoderConfig) -> None:
-    _check_fields(source, {f.name: _plain(getattr(found, f.name)) for f in shape_fields()}, cfg)
+def _as_held(source: str, found: dict[str, Any], cfg: DecoderConfig) -> DecoderConfig:
+    """``cfg`` as the source has it: without sub-norms where only the run's model has them.
+
+    Raises ConfigError when anything else differs.
+    """
+    without = found["norms"] == Norms.pre.value and cfg.norms is Norms.pre_sub
+    held = replace(cfg, norms=Norms.pre) if without else cfg
+    _check_fields(source, found, held)
+    return held
+
+
+def _ones(held: DecoderConfig, cfg: DecoderConfig) -> dict[str, Tensor]:
+    """The parameters that only the run's model has: sub-norms, at one."""
+    there = {p.name for p in parameter_table(held)}
+    return {p.name: torch.ones(p.shape) for p in parameter_table(cfg) if p.name not in there}
 
 
 def _check_fields(source: str, found: dict[str, Any], cfg: DecoderConfig) -> None:
@@ -155,11 +224,19 @@ def _plain(value: Any) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def fill_weights(model: torch.nn.Module, masters: dict[str, Tensor]) -> None:
-    """Copy ``masters`` into the parameters of the same names. Raises KeyError when one is missing."""
+    """Copy ``masters`` into the parameters of the same names. Raises KeyError when one is missing.
+
+    Learned scales that ``masters`` lacks start at the statistic of their weights.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(masters[name])
+            if not name.endswith("weight_scale"):
+                parameter.copy_(masters[name])
+        reset_scales(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight_scale") and name in masters:
+                parameter.copy_(masters[name])

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.export.config import ExportConfig
+from bitnet_train.export.config import ExportConfig, LinearClass
 from bitnet_train.export.gguf.plan import Container, gguf_obstacle
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.export.limits import foreign_family, foreign_inputs, wide_codes
+from bitnet_train.nn.config import DecoderConfig, Norms
 from bitnet_train.nn.layout import parameter_table, quantised_layers
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
 
@@ -15,10 +16,14 @@ Rule = Callable[[DecoderConfig, QuantSpec, ExportConfig], str | None]
 
 def hf_packed_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
     """Why transformers' packed format cannot hold the model, or None when it can."""
+    if found := foreign_family(cfg) or wide_codes(cfg, spec):
+        return found
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name in quantised_layers(cfg, spec):
         if shapes[name][0] % CODES_PER_BYTE:
             return f"it packs {CODES_PER_BYTE} output rows into a byte, and {name} has {shapes[name][0]}"
+    if cfg.attention_bias and export.linear_class is LinearClass.autobitlinear:
+        return "its autobitlinear multiplies biases by the weight's scale (model.attention_bias; use bitlinear)"
     return _transformers_obstacle(cfg, spec)
 
 
@@ -27,25 +32,58 @@ def hf_master_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig
     for name, layer in quantised_layers(cfg, spec).items():
         if layer.scheme != "ternary" or layer.threshold != 0.5:
             return f"its consumer ternarises at half the scale, and {name} is {layer.scheme} at {layer.threshold}"
-    return _transformers_obstacle(cfg, spec)
+        if layer.trainable_scale or layer.statistic != "absmean":
+            how = "learned" if layer.trainable_scale else "the median"
+            return f"its consumer takes the mean magnitude for the scale, and that of {name} is {how}"
+    return foreign_family(cfg) or _transformers_obstacle(cfg, spec)
 
 
 def _transformers_obstacle(cfg: DecoderConfig, spec: QuantSpec) -> str | None:
     layers = quantised_layers(cfg, spec)
     if not layers:
         return "no layer is quantised"
+    family = _family_obstacle(cfg)
+    if family is not None:
+        return family
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     for name, layer in layers.items():
         groups = layer.group_count(shapes[name][0])
         if groups != 1:
             return f"it holds one scale per tensor, and {name} has {groups} (quant.weight.groups)"
-        if layer.activation_bits != 8:
+        if layer.activation_bits is None:
             return f"its consumer quantises activations, and the inputs of {name} are floats (quant.activation.bits)"
+        if found := foreign_inputs(name, layer):
+            return found
     return None
 
 
-def _no_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
+def _family_obstacle(cfg: DecoderConfig) -> str | None:
+    """Why no architecture of transformers that is written here has this decoder's parts, or None when one has."""
+    if cfg.norms is Norms.pre_sub:
+        for key, default in (("attention_bias", False), ("qk_norm", False), ("head_width", None)):
+            if getattr(cfg, key) != default:
+                return f"its BitNet architecture has sub-norms and not model.{key}={getattr(cfg, key)} as well"
+    if cfg.attention_bias and cfg.qk_norm:
+        return "its llama has model.attention_bias, its Qwen3 model.qk_norm, and none has both"
     return None
+
+
+def hf_dense_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
+    """Why dense weights cannot stand for the model, or None when they can."""
+    for name, layer in quantised_layers(cfg, spec).items():
+        if layer.hadamard:
+            return f"its consumer does not rotate the inputs of {name} (quant.activation.hadamard)"
+        if layer.top_k < 1:
+            return f"its consumer does not leave out the smaller inputs of {name} (quant.activation.top_k)"
+    return foreign_family(cfg) or _family_obstacle(cfg)
+
+
+def packed_obstacle(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> str | None:
+    """Why the packed format cannot hold the model, or None when it can."""
+    for name, layer in quantised_layers(cfg, spec).items():
+        if layer.activation_bits is not None and (found := foreign_inputs(name, layer)):
+            return found
+    return wide_codes(cfg, spec)
 
 
 def _gguf_rule(container: Container) -> Rule:
@@ -56,8 +94,8 @@ def _gguf_rule(container: Container) -> Rule:
 FORMAT_RULES: dict[str, Rule] = {
     "hf-packed": hf_packed_obstacle,
     "hf-master": hf_master_obstacle,
-    "hf-dense": _no_obstacle,
-    "packed": _no_obstacle,
+    "hf-dense": hf_dense_obstacle,
+    "packed": packed_obstacle,
     **{container.value: _gguf_rule(container) for container in Container},
 }
 
@@ -97,7 +135,8 @@ def check_formats(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) -> N
         if obstacle:
             others = [n for n, rule in FORMAT_RULES.items() if rule(model, spec, cfg) is None]
             raise ConfigError(
-                f"export.formats: {name} cannot hold this model: {obstacle}; formats that can: {', '.join(others)}."
+                f"export.formats: {name} cannot hold this model: {obstacle}; formats that can: "
+                f"{', '.join(others) or 'none'}."
             )
 
 

@@ -25,7 +25,8 @@ class Quantised(NamedTuple):
 
 class WeightCodes(NamedTuple):
     """Weights as a matmul wants them: codes int8 (N, K), a float32 scale per row (N,), and the codes once more in the
-    layout of the backward (see :meth:`Backend.backward_layout`), or None.
+    layout of the backward (see :meth:`Backend.backward_layout`), or None. ``largest`` is the largest magnitude that a
+    code may have.
 
     In a model that is only read from, codes may be packed four to a byte, uint8 (N, ceil(K / 4)), by
     :func:`bitnet_train.quant.packing.pack_quarters`.
@@ -34,6 +35,7 @@ class WeightCodes(NamedTuple):
     codes: Tensor
     row_scale: Tensor
     backward: Tensor | None = None
+    largest: int = 1
 
     @property
     def packed(self) -> bool:
@@ -59,11 +61,16 @@ class Backend(Protocol):
         """Why this backend cannot run on ``device``, or None when it can."""
 
     def quantise_weight(
-        self, weight: Tensor, layer: LayerQuant, codes: Tensor | None = None, backward: Tensor | None = None
+        self,
+        weight: Tensor,
+        layer: LayerQuant,
+        codes: Tensor | None = None,
+        backward: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Codes:
         """Codes and scale of a master weight (N, K); written into ``codes`` and ``backward`` when they are given.
 
-        ``backward`` is this layer's part of a :meth:`backward_layout` buffer.
+        ``backward`` is this layer's part of a :meth:`backward_layout` buffer, ``scale`` (groups,) a learned one.
         """
 
     def backward_layout(self, codes_w: Tensor, dx: str) -> Tensor | None:

@@ -21,7 +21,7 @@ class CpuBackend(ReferenceBackend):
             return f"it needs a CPU, not {device.type}"
         return None
 
-    def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
+    def integer_product(self, codes_x: Tensor, codes_w: Tensor, largest: int = 1) -> Tensor:
         if codes_x.shape[-1] == 1:  # _int_mm (PyTorch 2.13) reads past the end of a single column
-            return super().integer_product(codes_x, codes_w)
+            return super().integer_product(codes_x, codes_w, largest)
         return torch._int_mm(codes_x.contiguous(), codes_w.t())

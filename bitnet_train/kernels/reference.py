@@ -39,9 +39,14 @@ class ReferenceBackend:
         return None
 
     def quantise_weight(
-        self, weight: Tensor, layer: LayerQuant, codes: Tensor | None = None, backward: Tensor | None = None
+        self,
+        weight: Tensor,
+        layer: LayerQuant,
+        codes: Tensor | None = None,
+        backward: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Codes:
-        fresh = quantise_weight(weight, layer)
+        fresh = quantise_weight(weight, layer, scale)
         if backward is not None:
             backward.copy_(fresh.codes.t())
         return fresh if codes is None else Codes(codes.copy_(fresh.codes), fresh.scale)
@@ -59,14 +64,16 @@ class ReferenceBackend:
     def matmul(self, x: TokenCodes, w: WeightCodes, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         check_width(x.codes)
         w = w.unpacked(x.codes.shape[-1])
-        product = self.integer_product(x.codes, w.codes) * x.scale * w.row_scale
+        product = self.integer_product(x.codes, w.codes, w.largest) * x.scale * w.row_scale
         return (product if bias is None else product + bias.float()).to(out_dtype)
 
-    def integer_product(self, codes_x: Tensor, codes_w: Tensor) -> Tensor:
-        """``codes_x @ codes_w.T`` (M, N), integers held in float32 or int32."""
+    def integer_product(self, codes_x: Tensor, codes_w: Tensor, largest: int = 1) -> Tensor:
+        """``codes_x @ codes_w.T`` (M, N), integers held in float32 or int32; weights are at most ``largest``."""
+        # Sums that float32 would round on the way are rounded once, as those of an int32 product are.
+        exact = torch.float32 if codes_x.shape[-1] * 128 * largest < 2**24 else torch.float64
         # Autocast would run this matmul in bf16, whose result rounds integers above 256.
         with torch.autocast(codes_x.device.type, enabled=False):
-            return codes_x.float() @ codes_w.float().t()
+            return (codes_x.to(exact) @ codes_w.to(exact).t()).float()
 
     def grad_input(self, grads: Sequence[Tensor], w: WeightCodes, dx: str, out_dtype: torch.dtype) -> Tensor:
         grad = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
@@ -76,7 +83,7 @@ class ReferenceBackend:
                 return ((grad.float() * w.row_scale).to(dtype) @ w.codes.to(dtype)).to(out_dtype)
             codes = quantise_gradient_rows(grad, w.row_scale, torch.int8 if dx == "int8" else FP8)
             if dx == "int8":
-                product = self.integer_product(codes.codes, w.codes.t())
+                product = self.integer_product(codes.codes, w.codes.t(), w.largest)
             else:
                 product = codes.codes.float() @ w.codes.float()
             return (product * codes.scale).to(out_dtype)

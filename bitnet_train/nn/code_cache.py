@@ -20,19 +20,30 @@ from bitnet_train.quant.weights import Codes
 
 @dataclass
 class CodeStatistics:
-    """Counts over all quantised layers at one refresh; tensors, so that nothing waits for the device."""
+    """Counts per quantised layer at one refresh, int64 (layers,); tensors, so that nothing waits for the device."""
 
     zeros: Tensor
     flips: Tensor
-    total: int
+    # Codes of each layer, by name.
+    sizes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Codes of all layers."""
+        return sum(self.sizes.values())
 
     def zero_share(self) -> float:
         """Share of the codes that are zero."""
-        return float(self.zeros) / self.total
+        return float(self.zeros.sum()) / self.total
 
     def flip_rate(self) -> float:
         """Share of the codes that the last refresh changed."""
-        return float(self.flips) / self.total
+        return float(self.flips.sum()) / self.total
+
+    def by_layer(self) -> dict[str, tuple[float, float]]:
+        """Share of zeros and of changed codes of every layer."""
+        parts = zip(self.sizes.items(), self.zeros.tolist(), self.flips.tolist(), strict=True)
+        return {name: (zeros / size, flips / size) for (name, size), zeros, flips in parts}
 
 
 class CodeCache:
@@ -47,13 +58,25 @@ class CodeCache:
         self.model = model
         self.statistics: CodeStatistics | None = None
         self._measure_next = False
-        self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
-        stacked = {id(layer) for shared in self._shared for layer in shared.bit_layers}
-        self._layers = [m for m in model.modules() if isinstance(m, BitLinear)]
-        self._single = [layer for layer in self._layers if id(layer) not in stacked]
+        self._find_layers()
         self._handles: list[Any] = [model.register_load_state_dict_post_hook(_refresh_loaded)]
         if optimizer is not None:
             self.attach(optimizer)
+        self.refresh()
+
+    def _find_layers(self) -> None:
+        model = self.model
+        self._shared = [m for m in model.modules() if isinstance(m, SharedInput) and m.stackable]
+        stacked = {id(layer) for shared in self._shared for layer in shared.bit_layers}
+        named = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+        self._layers = list(named.values())
+        self._sizes = {name: layer.in_features * layer.out_features for name, layer in named.items()}
+        self._single = [layer for layer in self._layers if id(layer) not in stacked]
+
+    def rebuild(self) -> None:
+        """Derive everything anew after the way in which layers are quantised has changed."""
+        self._forget()
+        self._find_layers()
         self.refresh()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -67,22 +90,19 @@ class CodeCache:
         """Derive all codes from the master weights; with ``measure`` also count zeros and flips into ``statistics``."""
         measure = measure or self._measure_next
         self._measure_next = False
-        zeros: list[Tensor] = []
-        flips: list[Tensor] = []
+        before = {id(layer): layer.codes.clone() for layer in self._layers if measure and layer.codes is not None}
         modules: list[SharedInput | BitLinear] = [*self._shared, *self._single]
         for module in modules:
-            before = module.codes.clone() if measure and module.codes is not None else None
             refresh(module)
-            codes = module.codes
-            assert codes is not None
-            if measure:
-                zeros.append(codes.eq(0).sum())
-                if before is not None:
-                    flips.append(codes.ne(before.to(codes.device)).sum())
-        if measure and zeros:
-            none = torch.zeros_like(zeros[0])
-            total = sum(layer.weight.numel() for layer in self._layers)
-            self.statistics = CodeStatistics(sum(zeros, none), sum(flips, none), total)
+        if not measure or not self._layers:
+            return
+        zeros, flips = [], []
+        for layer in self._layers:
+            assert layer.codes is not None
+            old = before.get(id(layer), layer.codes)
+            zeros.append(layer.codes.eq(0).sum())
+            flips.append(layer.codes.ne(old.to(layer.codes.device)).sum())
+        self.statistics = CodeStatistics(torch.stack(zeros), torch.stack(flips), self._sizes)
 
     def measure_next(self) -> None:
         """Count zeros and flips in the next refresh (one pass over the codes, so not in every step)."""
@@ -93,6 +113,9 @@ class CodeCache:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._forget()
+
+    def _forget(self) -> None:
         for layer in self._layers:
             layer.keep(None)
         for shared in self._shared:
@@ -122,10 +145,11 @@ def refresh_layer(layer: BitLinear) -> None:
     """Bring the kept codes of a single layer up to its master weight, in place: compiled graphs hold the buffers."""
     kept = layer.kept
     if kept is None or kept.codes.device != layer.weight.device:
-        layer.keep(layer.choose_backend(layer.weight.device).quantise_weight(_whole(layer.weight), layer.quant))
-    else:
         backend = layer.choose_backend(layer.weight.device)
-        kept.scale.copy_(backend.quantise_weight(_whole(layer.weight), layer.quant, kept.codes).scale)
+        layer.keep(backend.quantise_weight(_whole(layer.weight), layer.quant, scale=layer.weight_scale))
+    else:
+        backend, learned = layer.choose_backend(layer.weight.device), layer.weight_scale
+        kept.scale.copy_(backend.quantise_weight(_whole(layer.weight), layer.quant, kept.codes, scale=learned).scale)
 
 
 def refresh_stack(shared: SharedInput) -> None:
@@ -139,7 +163,7 @@ def refresh_stack(shared: SharedInput) -> None:
         _allocate(shared, device)
     for layer, codes, row_scale, backward in _parts(shared):
         kernels, kept = layer.choose_backend(device), layer.kept
-        fresh = kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward)
+        fresh = kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward, layer.weight_scale)
         if kept is not None and kept.codes.data_ptr() == codes.data_ptr() and kept.codes.device == device:
             kept.scale.copy_(fresh.scale)
         else:
@@ -185,7 +209,7 @@ def keep_codes(model: nn.Module, codes: dict[str, Codes]) -> None:
             if tuple(given.codes.shape) != (layer.out_features, layer.in_features):
                 raise ValueError(f"{name}: codes of shape {tuple(given.codes.shape)} for {layer}")
             layer.keep(given)
-            layer.weight = nn.Parameter(given.scale.new_empty(0), requires_grad=False)
+            layer.weight, layer.weight_scale = nn.Parameter(given.scale.new_empty(0), requires_grad=False), None
     for shared in model.modules():
         if isinstance(shared, SharedInput) and shared.stackable:
             shared.keep(stack_codes(shared.bit_layers))
@@ -204,7 +228,7 @@ def pack_kept_codes(model: nn.Module) -> None:
         if not isinstance(shared, SharedInput) or not shared.stackable or shared.kept is None or shared.kept.packed:
             continue
         if shared.bit_layers[0].quant.activation_bits is None or any(
-            layer.weight.numel() for layer in shared.bit_layers
+            layer.weight.numel() or layer.quant.largest_code > 1 for layer in shared.bit_layers
         ):
             continue
         shared.keep(WeightCodes(pack_quarters(shared.kept.codes), shared.kept.row_scale))

@@ -3,6 +3,7 @@
 The image classifiers, the other kinds of ``model``, are in :mod:`bitnet_train.nn.vision.config`.
 """
 
+import math
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -13,10 +14,12 @@ from bitnet_train.errors import ConfigError
 
 
 class Norms(Enum):
-    """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, or ``pre``."""
+    """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, ``pre`` before
+    attention and FFN only, or ``inside``: one in every projection, which nothing shares, and none elsewhere."""
 
     pre_sub = "pre_sub"
     pre = "pre"
+    inside = "inside"
 
 
 class Activation(Enum):
@@ -50,20 +53,27 @@ class DecoderConfig(ModelConfig):
     hidden: int = 256
     # Number of blocks.
     layers: int = 4
-    # Query heads; the head dimension is hidden / heads.
+    # Query heads.
     heads: int = 4
     # Key and value heads; fewer than heads is grouped-query attention.
     kv_heads: int = 4
+    # Width of a head; null for hidden / heads. (Qwen3's is larger.)
+    head_width: int | None = None
     # Inner width of the gated FFN.
     ffn: int = 768
     # Longest sequence that positions are defined for, in tokens.
     context: int = 1024
     # Rows of the embedding; follows the tokenizer.
     vocab: int = II("data.tokenizer.vocab_size")
-    # RMSNorm placement: pre_sub (BitNet 2B4T and llama.cpp's bitnet) or pre (the llama family, TriLM).
+    # RMSNorm placement: pre_sub (BitNet 2B4T and llama.cpp's bitnet), pre (the llama family, TriLM), or inside (one in
+    # every projection and none before the blocks: "Tips, Code and FAQ", microsoft/unilm).
     norms: Norms = Norms.pre_sub
     # FFN nonlinearity: relu2 (BitNet 2B4T) or silu (llama.cpp's bitnet, the llama family).
     activation: Activation = Activation.relu2
+    # Whether q, k and v have biases (Qwen2).
+    attention_bias: bool = False
+    # RMSNorm of each head of q and of k, before rotary positions (Qwen3).
+    qk_norm: bool = False
     # Whether the output head is the embedding itself.
     tie_embeddings: bool = True
     # Base of the rotary position frequencies.
@@ -76,7 +86,12 @@ class DecoderConfig(ModelConfig):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden // self.heads
+        return self.hidden // self.heads if self.head_width is None else self.head_width
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads, which is what o_proj reads."""
+        return self.heads * self.head_dim
 
 
 def shape_fields() -> list[Field[Any]]:
@@ -89,9 +104,12 @@ def check_decoder(cfg: DecoderConfig) -> None:
     for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "context", "vocab"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"model.{name} is {getattr(cfg, name)}; it must be at least 1.")
-    if cfg.hidden % cfg.heads:
+    if cfg.head_width is not None and cfg.head_width < 1:
+        raise ConfigError(f"model.head_width is {cfg.head_width}; it must be at least 1, or null for hidden / heads.")
+    if cfg.head_width is None and cfg.hidden % cfg.heads:
         raise ConfigError(
-            f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden}."
+            f"model.heads={cfg.heads} does not divide model.hidden={cfg.hidden}: choose a divisor of {cfg.hidden} "
+            "(or give model.head_width)."
         )
     if cfg.heads % cfg.kv_heads:
         raise ConfigError(
@@ -99,7 +117,8 @@ def check_decoder(cfg: DecoderConfig) -> None:
         )
     if cfg.head_dim % 2:
         raise ConfigError(
-            f"The head dimension model.hidden / model.heads = {cfg.head_dim} is odd; rotary embeddings need it even."
+            f"The head dimension {cfg.head_dim} (model.hidden / model.heads, or model.head_width) is odd; rotary "
+            "embeddings need it even."
         )
     if cfg.residual_dtype is ResidualDtype.float16 and cfg.activation is Activation.relu2:
         raise ConfigError(
@@ -110,22 +129,52 @@ def check_decoder(cfg: DecoderConfig) -> None:
         raise ConfigError(f"model.norm_eps={cfg.norm_eps} and model.rope_theta={cfg.rope_theta} must both be positive.")
 
 
+class SubNorms(Enum):
+    """What the gains of sub-norms start at that the weights of ``init.from`` come without."""
+
+    ones = "ones"
+    calibrate = "calibrate"
+
+
+@dataclass
+class InitOverride:
+    # Module-name pattern with * and ?, for example "layers.*.self_attn.o_proj" or "embed_tokens"; the last match wins.
+    pattern: str = MISSING
+    # Standard deviation of those weight matrices, in place of what the variant says. Either this or factor.
+    std: float | None = None
+    # Multiplies the standard deviation that the variant says. (Neither changes the codes of a quantised matrix, which
+    # only depend on the ratio of each weight to their mean: it changes the scale that the codes are multiplied by, and
+    # how large a step of the optimizer is relative to the weights.)
+    factor: float | None = None
+
+
 @dataclass
 class InitConfig:
     """Base of the initialisations; every subclass is an option of the ``init`` group."""
 
     name: str = MISSING
-    # What the gains of attn_sub_norm and ffn_sub_norm start at. Behind those norms the branches write to the residual
-    # stream at full strength from the first step, whatever the spread of o_proj and down_proj; a gain below 1 lets the
-    # embedding through. (The other norms' gains start at 1.)
+    # Exceptions by module name: matrices that start with another spread.
+    overrides: list[InitOverride] = field(default_factory=list)
+    # What the gains of attn_sub_norm and ffn_sub_norm start at (with model.norms=inside those of the norms in o_proj
+    # and down_proj). Behind those norms the branches write to the residual stream at full strength from the first step,
+    # whatever the spread of o_proj and down_proj; a gain below 1 lets the embedding through. (The other norms' gains
+    # start at 1.)
     sub_norm_gain: float = 1.0
+    # With model.norms=pre_sub and init.from of a model without sub-norms (llama, qwen), which are put in (BitDistill,
+    # arXiv 2510.13998): ones; or calibrate, which null means there: the gains that keep the inputs of o_proj and
+    # down_proj closest to what they were, one for a norm or one for each channel, whichever changes the validation loss
+    # less. Both losses are printed. Only model.norms=pre keeps such a model's function exactly.
+    sub_norms: SubNorms | None = None
 
 
-# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet or llama).
+# Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet, llama,
+# Qwen2, Qwen3); such a checkpoint may also be a repository of the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION).
 # Its weights replace all that the other settings of init say. (`from` is a keyword in Python, so the field is added
-# here and is not an argument of the constructor.)
+# here and is not an argument of the constructor. Read a second time, the class lacks what the first reading took out of
+# it.)
 InitConfig.__annotations__["from"] = str | None
 setattr(InitConfig, "from", field(default=None, init=False, repr=False, compare=False))
+InitConfig.overrides = field(default_factory=list)
 dataclass(InitConfig)
 
 
@@ -150,8 +199,52 @@ class DepthScaledInit(NormalInit):
     name: str = "depth_scaled"
 
 
+@dataclass
+class FanInInit(InitConfig):
+    """normal(0, gain / sqrt(fan-in)): outputs as large as the inputs, whatever the width (LeCun et al. 1998)."""
+
+    name: str = "fan_in"
+    # Standard deviation of every weight matrix times the root of its inputs.
+    gain: float = 1.0
+    # Standard deviation of the embedding and of an untied head; null for gain / sqrt(hidden).
+    embedding_std: float | None = None
+
+
+@dataclass
+class SmallInit(InitConfig):
+    """sqrt(2 / (5 * hidden)) (Nguyen and Salazar, arXiv 1910.05895); o_proj and down_proj, which write to the residual
+    stream, 2 / (layers * sqrt(hidden)) (Wang), as in GPT-NeoX-20B (arXiv 2204.06745, section 2.3.1)."""
+
+    name: str = "small"
+
+
+@dataclass
+class MitchellInit(InitConfig):
+    """1 / sqrt(fan-in), o_proj and down_proj of block i (from 0) divided by sqrt(2 * (i + 1)) as well, embedding and
+    head 1 / sqrt(hidden); all cut off at three standard deviations (OLMo, arXiv 2402.00838; allenai/OLMo)."""
+
+    name: str = "mitchell"
+
+
 def check_init(cfg: InitConfig, norms: Norms) -> None:
     """Raises ConfigError for a spread or gain that is not positive, or a gain of norms that the model does not have."""
+    if initial_source(cfg) == "":  # what recipes that start from a model say: null would start from nothing
+        raise ConfigError("init.from is not set: give the run, export or transformers checkpoint to start from.")
+    if cfg.sub_norms is not None and (initial_source(cfg) is None or norms is Norms.pre):
+        why = "without init.from" if initial_source(cfg) is None else "with model.norms=pre, which has no sub-norms"
+        raise ConfigError(f"init.sub_norms={cfg.sub_norms.value} has no effect {why}: leave it out.")
+    for override in cfg.overrides:
+        if (override.std is None) == (override.factor is None):
+            given = "both std and factor" if override.std is not None else "neither std nor factor"
+            raise ConfigError(f"init.overrides: '{override.pattern}' has {given}: give one of them.")
+        key = "std" if override.std is not None else "factor"
+        value = getattr(override, key)
+        if not (0 < value < math.inf):
+            raise ConfigError(f"init.overrides: {key} of '{override.pattern}' must be positive, it is {value:g}.")
+    if cfg.overrides and initial_source(cfg) is not None:
+        raise ConfigError(
+            "init.overrides has no effect with init.from, which brings the weights: leave one of them out."
+        )
     if cfg.sub_norm_gain <= 0:
         raise ConfigError(f"init.sub_norm_gain must be positive, it is {cfg.sub_norm_gain:g}.")
     if cfg.sub_norm_gain != 1.0 and norms is Norms.pre:
@@ -161,5 +254,16 @@ def check_init(cfg: InitConfig, norms: Norms) -> None:
             f"init.std and init.embedding_std must be positive, they are {cfg.std} and {cfg.embedding_std}."
         )
 
+    if isinstance(cfg, FanInInit) and not (cfg.gain > 0 and (cfg.embedding_std is None or cfg.embedding_std > 0)):
+        raise ConfigError(
+            f"init.gain and init.embedding_std must be positive, they are {cfg.gain} and {cfg.embedding_std}."
+        )
 
-INIT_CONFIGS: dict[str, type[InitConfig]] = {"normal": NormalInit, "depth_scaled": DepthScaledInit}
+
+INIT_CONFIGS: dict[str, type[InitConfig]] = {
+    "normal": NormalInit,
+    "depth_scaled": DepthScaledInit,
+    "fan_in": FanInInit,
+    "small": SmallInit,
+    "mitchell": MitchellInit,
+}

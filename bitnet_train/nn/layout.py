@@ -7,9 +7,10 @@ torch and without allocating a weight. A test holds it equal to the real module.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.nn.config import DecoderConfig, ModelConfig, Norms
+from bitnet_train.nn.config import DecoderConfig, InitConfig, ModelConfig, Norms
 from bitnet_train.nn.vision.config import MlpConfig, VitConfig
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
@@ -21,6 +22,7 @@ class Role(Enum):
     head = "head"
     norm = "norm"
     linear = "linear"
+    bias = "bias"
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,38 @@ class ParameterInfo:
 
     @property
     def layer_name(self) -> str:
-        """The module that owns the parameter."""
-        return self.name.rpartition(".")[0]
+        """The module whose matrix or gain the parameter is; a bias, which stays a float, stands for itself."""
+        return self.name if self.role is Role.bias else self.name.rpartition(".")[0]
 
 
 def block_linears(cfg: DecoderConfig) -> dict[str, tuple[int, int]]:
     """The linear layers of one block: name inside the block -> (out, in)."""
     kv = cfg.kv_heads * cfg.head_dim
     return {
-        "self_attn.q_proj": (cfg.hidden, cfg.hidden),
+        "self_attn.q_proj": (cfg.attention_width, cfg.hidden),
         "self_attn.k_proj": (kv, cfg.hidden),
         "self_attn.v_proj": (kv, cfg.hidden),
-        "self_attn.o_proj": (cfg.hidden, cfg.hidden),
+        "self_attn.o_proj": (cfg.hidden, cfg.attention_width),
         "mlp.gate_proj": (cfg.ffn, cfg.hidden),
         "mlp.up_proj": (cfg.ffn, cfg.hidden),
         "mlp.down_proj": (cfg.hidden, cfg.ffn),
     }
 
 
+def biased_linears(cfg: DecoderConfig) -> tuple[str, ...]:
+    """The linear layers of a block that have a bias, by their names inside the block."""
+    return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") if cfg.attention_bias else ()
+
+
 def block_norms(cfg: DecoderConfig) -> dict[str, int]:
     """The RMSNorms of one block: name inside the block -> width."""
+    if cfg.norms is Norms.inside:
+        return {f"{name}_norm": shape[1] for name, shape in block_linears(cfg).items()}
     norms = {"input_layernorm": cfg.hidden, "post_attention_layernorm": cfg.hidden}
     if cfg.norms is Norms.pre_sub:
-        norms |= {"self_attn.attn_sub_norm": cfg.hidden, "mlp.ffn_sub_norm": cfg.ffn}
+        norms |= {"self_attn.attn_sub_norm": cfg.attention_width, "mlp.ffn_sub_norm": cfg.ffn}
+    if cfg.qk_norm:
+        norms |= {"self_attn.q_norm": cfg.head_dim, "self_attn.k_norm": cfg.head_dim}
     return norms
 
 
@@ -72,6 +83,8 @@ def _decoder_table(cfg: DecoderConfig) -> list[ParameterInfo]:
     for layer in range(cfg.layers):
         for name, shape in block_linears(cfg).items():
             table.append(ParameterInfo(f"layers.{layer}.{name}.weight", shape, Role.linear))
+            if name in biased_linears(cfg):
+                table.append(ParameterInfo(f"layers.{layer}.{name}.bias", shape[:1], Role.bias))
         for name, width in block_norms(cfg).items():
             table.append(ParameterInfo(f"layers.{layer}.{name}.weight", (width,), Role.norm))
     table.append(ParameterInfo("norm.weight", (cfg.hidden,), Role.norm))
@@ -139,6 +152,14 @@ def parameter_table(cfg: ModelConfig) -> list[ParameterInfo]:
     return TABLES[type(cfg)](cfg)
 
 
+def block_count(cfg: ModelConfig) -> int:
+    """How many blocks ``layers.N`` the model has; at least 1, also for an MLP without any layer between its ends."""
+    if isinstance(cfg, MlpConfig):
+        return max(1, cfg.layers - 2)
+    assert isinstance(cfg, DecoderConfig | VitConfig)
+    return cfg.layers
+
+
 def quantised_layers(cfg: ModelConfig, spec: QuantSpec) -> dict[str, LayerQuant]:
     """Module name -> quantisation of every linear layer of the blocks that the spec quantises."""
     names = [p.layer_name for p in parameter_table(cfg) if p.role is Role.linear]
@@ -153,12 +174,46 @@ def check_spec(cfg: ModelConfig, spec: QuantSpec) -> None:
             f"quant.overrides: the pattern '{pattern}' matches no linear layer; names look like "
             f"'{_example(list(linears))}'."
         )
-    for name, layer in quantised_layers(cfg, spec).items():
+    quantised = quantised_layers(cfg, spec)
+    for change in spec.late:
+        if not any(fnmatchcase(name, change.pattern) for name in quantised):
+            raise ConfigError(
+                f"quant.overrides: '{change.pattern}' since {change.since:g} matches no quantised layer: float layers "
+                "do not quantise their inputs."
+            )
+    for name, layer in quantised.items():
         try:
             layer.group_count(linears[name][0])
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+        layer.inputs.check_width(name, linears[name][1])
 
 
 def _example(names: list[str]) -> str:
-    return "layers.0.self_attn.o_proj" if "layers.0.self_attn.o_proj" in names else names[0]
+    return next((name for name in ("layers.0.self_attn.o_proj", "layers.0.proj") if name in names), names[0])
+
+
+def learned_scales(cfg: ModelConfig, spec: QuantSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the learned scale of every layer that has one."""
+    linears = {p.layer_name: p.shape for p in parameter_table(cfg)}
+    return {
+        f"{name}.weight_scale": (layer.group_count(linears[name][0]),)
+        for name, layer in quantised_layers(cfg, spec).items()
+        if layer.trainable_scale
+    }
+
+
+def check_init_overrides(cfg: ModelConfig, init: InitConfig) -> None:
+    """Raises ConfigError when a pattern of ``init.overrides`` matches no weight matrix."""
+    matrices = [p.layer_name for p in parameter_table(cfg) if len(p.shape) > 1]
+    for override in init.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in matrices):
+            raise ConfigError(
+                f"init.overrides: the pattern '{override.pattern}' matches no weight matrix; names look like "
+                f"'{_example(matrices)}' and '{matrices[0]}'{tied_head(cfg)}."
+            )
+
+
+def tied_head(cfg: ModelConfig) -> str:
+    """The clause that explains why 'lm_head' does not exist, where it does not."""
+    return " (with model.tie_embeddings the head is embed_tokens)" if getattr(cfg, "tie_embeddings", False) else ""

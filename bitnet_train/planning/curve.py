@@ -1,33 +1,28 @@
-"""The learning rate and weight decay of a run at its characteristic steps, and as a picture."""
+"""The learning rate, weight decay and batch of a run at its characteristic steps, and as a picture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitnet_train.training.config import RunConfig, step_size
-from bitnet_train.training.schedules.config import ScheduleConfig, TwoStageSchedule, WsdSchedule
-from bitnet_train.training.schedules.factors import as_steps, learning_rate, weight_decay
+from bitnet_train.training.batch_warmup import BatchPlan
+from bitnet_train.training.config import RunConfig, consumed_by, step_plan, step_size
+from bitnet_train.training.rates import rates
+from bitnet_train.training.schedules.config import InverseSqrtSchedule, ScheduleConfig, TwoStageSchedule, WsdSchedule
+from bitnet_train.training.schedules.factors import as_steps, stage_borders
 
 POINTS = 1000
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The rates of one update."""
+    """The rates and the batch of one update."""
 
     step: int
     what: str
     lr: float
     weight_decay: float
-
-
-def rates(cfg: RunConfig, step: int) -> tuple[float, float]:
-    """Learning rate and weight decay of update ``step``."""
-    total = cfg.trainer.max_steps
-    return (
-        learning_rate(cfg.schedule, cfg.optimizer.lr, step, total),
-        weight_decay(cfg.schedule, cfg.weight_decay_schedule, cfg.optimizer.weight_decay, step, total),
-    )
+    # Tokens of the step, or images of a classifier's.
+    tokens: int
 
 
 def characteristic_points(cfg: RunConfig) -> list[CurvePoint]:
@@ -37,62 +32,83 @@ def characteristic_points(cfg: RunConfig) -> list[CurvePoint]:
     for schedule, name in ((cfg.schedule, ""), (cfg.weight_decay_schedule, "weight decay's ")):
         for step, event in _events(schedule, total):
             what.setdefault(step, f"{name}{event}")
+    whole, plan = _whole_steps(cfg), step_plan(_whole_steps(cfg))
+    for step, event in _batch_events(whole, plan):
+        what.setdefault(step, f"batch of {event}")
     for quarter in (1, 2, 3):
         what.setdefault(quarter * total // 4, f"{quarter}/4 of the run" if quarter != 2 else "half of the run")
     what[total - 1] = "last step"
-    return [CurvePoint(step, what[step], *rates(cfg, step)) for step in sorted(what) if 0 <= step < total]
+    kept = [(step, rates(cfg, step)) for step in sorted(what) if 0 <= step < total]
+    return [CurvePoint(s, what[s], at.lr, at.weight_decay, _batch(whole, s)) for s, at in kept]
 
 
 def _events(schedule: ScheduleConfig, total: int) -> list[tuple[int, str]]:
     warm = as_steps(schedule.warmup, total)
     events = [(warm - 1, "end of warm-up")] if warm else []
-    if isinstance(schedule, WsdSchedule):
+    if isinstance(schedule, WsdSchedule | InverseSqrtSchedule) and schedule.decay:
         events.append((total - as_steps(schedule.decay, total), "decay begins"))
     if isinstance(schedule, TwoStageSchedule):
-        passed = 0.0
-        for number, stage in enumerate(schedule.stages[:-1], start=1):
-            passed += stage.share
-            border = round(passed * total)
+        for number, border in enumerate(stage_borders(schedule, total)[:-1], start=1):
             events += [(border - 1, f"end of stage {number}"), (border, f"stage {number + 1} begins")]
     return events
 
 
 def draw(cfg: RunConfig, title: str, file: Path) -> None:
-    """Draw both curves over the steps, one panel each, into a PNG file."""
+    """Draw the curves over the steps, one panel each, into a PNG file; the batch only if it changes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    total = cfg.trainer.max_steps
+    total, whole = cfg.trainer.max_steps, _whole_steps(cfg)
+    plan = step_plan(whole)
     marked = {point.step for point in characteristic_points(cfg)}
     steps = sorted(marked | {i * (total - 1) // POINTS for i in range(POINTS + 1)})
-    curves = list(zip(*(rates(cfg, step) for step in steps), strict=True))
-    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    points = [rates(cfg, step) for step in steps]
+    events, own = _events(cfg.schedule, total), _events(cfg.weight_decay_schedule, total)
+    panels = [
+        ("learning rate", "tab:blue", [at.lr for at in points], [e for e in events if "end of stage" not in e[1]]),
+        (
+            "weight decay",
+            "tab:orange",
+            [at.weight_decay for at in points],
+            [e for e in events if e[1][:5] == "stage"] + own,
+        ),
+    ]
+    if plan.warmup:
+        tokens = [float(_batch(whole, step)) for step in steps]
+        panels.append(("tokens per step", "tab:green", tokens, []))
+    figure = Figure(figsize=(7.5, 1 + 2 * len(panels)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for panel, values, label, colour in (
-        (upper, curves[0], "learning rate", "tab:blue"),
-        (lower, curves[1], "weight decay", "tab:orange"),
-    ):
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    for panel, (label, colour, values, marks) in zip(axes, panels, strict=True):
         panel.plot(steps, values, color=colour, linewidth=1.8)
         panel.fill_between(steps, values, color=colour, alpha=0.12, linewidth=0)
         panel.set_ylabel(label)
         panel.set_ylim(0, 1.08 * max(values) if max(values) > 0 else 1.0)
         panel.grid(alpha=0.3)
         panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    for step, event in _events(cfg.schedule, total):
-        if not event.startswith("end of stage"):
-            _mark(upper, step, event)
-    for step, event in [e for e in _events(cfg.schedule, total) if e[1].startswith("stage")] + _events(
-        cfg.weight_decay_schedule, total
-    ):
-        _mark(lower, step, event)
-    lower.set_xlim(0, total)
+        for step, event in marks:
+            if "end of stage" not in event:
+                _mark(panel, step, event)
+    axes[-1].set_xlim(0, total)
     size = step_size(cfg)
-    lower.set_xlabel(f"optimizer step (of {size.count:,} {size.unit})")
-    lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes[-1].set_xlabel(f"optimizer step{'' if plan.warmup else f' (of {size.count:,} {size.unit})'}")
+    axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def _whole_steps(cfg: RunConfig) -> RunConfig:
+    """``cfg`` with every step in one forward; how steps are cut does not change what they read."""
+    return replace(cfg, trainer=replace(cfg.trainer, micro_batch=None))
+
+
+def _batch(whole: RunConfig, step: int) -> int:
+    return consumed_by(whole, step + 1) - consumed_by(whole, step)
+
+
+def _batch_events(whole: RunConfig, plan: BatchPlan) -> list[tuple[int, str]]:
+    return [(stage.until, f"{_batch(whole, stage.until):,} tokens") for stage in plan.warmup]
 
 
 def _mark(panel: Any, step: int, event: str) -> None:

@@ -6,21 +6,21 @@ from typing import Any
 
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.planning.curve import CurvePoint, characteristic_points
-from bitnet_train.planning.fitting import SHARE, divisors
+from bitnet_train.planning.fitting import SHARE
 from bitnet_train.planning.flops import forward_flops, training_flops_per_token
 from bitnet_train.planning.machine_memory import available_memory
 from bitnet_train.planning.memory import TrainingMemory, training_memory
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.planning.sizes import ExportSize, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import build_spec
+from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.config import (
     Accelerator,
-    BatchPlan,
     RunConfig,
     TrainerConfig,
     batch_plan,
+    micro_batches,
     step_sequences,
-    step_size,
 )
 
 # Where a GPU's driver announces itself.
@@ -82,10 +82,12 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
         batch=plan,
         batch_assumption=assumption,
         steps=cfg.trainer.max_steps,
-        tokens=cfg.trainer.max_steps * step_size(cfg).count,
-        memory=training_memory(cfg.decoder, spec, plan.micro_batch, cfg.text.sequence_length, cfg.trainer.precision),
+        tokens=plan.consumed(cfg.trainer.max_steps) * cfg.text.sequence_length,
+        memory=training_memory(
+            cfg.decoder, spec, plan.micro_batch, cfg.text.sequence_length, cfg.trainer.precision, cfg.optimizer
+        ),
         precision=cfg.trainer.precision,
-        checkpoint_bytes=checkpoint_bytes(cfg.decoder),
+        checkpoint_bytes=checkpoint_bytes(cfg.decoder, cfg.optimizer),
         exports=export_sizes(cfg.decoder, spec, export_dtype),
         export_dtype=export_dtype.value,
         curve=characteristic_points(cfg),
@@ -109,11 +111,13 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
         where = "this system does not tell its memory" if on_cpu else "the GPU decides when training starts"
         return replace(trainer, micro_batch=sequences), f"auto, taken for the whole step: {where}"
     spec, length = build_spec(cfg.quant), cfg.text.sequence_length
+    sizes = micro_batches(trainer, length)
     needs = {
-        size: training_memory(cfg.decoder, spec, size, length, trainer.precision).total for size in divisors(sequences)
+        size: training_memory(cfg.decoder, spec, size, length, trainer.precision, cfg.optimizer).total for size in sizes
     }
     size = max((size for size, need in needs.items() if need <= SHARE["cpu"] * available), default=None)
     free = f"{available / 1e9:.1f} GB free here"
     if size is None:
-        return replace(trainer, micro_batch=1), f"auto, but by this estimate not even one sequence fits into the {free}"
+        least = "one sequence fits" if sizes[0] == 1 else f"{sizes[0]} sequences fit"
+        return replace(trainer, micro_batch=sizes[0]), f"auto, but by this estimate not even {least} into the {free}"
     return replace(trainer, micro_batch=size), f"auto, by this estimate with {SHARE['cpu']:.0%} of the {free}"

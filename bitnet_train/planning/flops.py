@@ -20,11 +20,12 @@ DEVICE_PEAKS = {
 def forward_flops(cfg: DecoderConfig, sequence_length: int) -> dict[str, float]:
     """Operations of one forward pass per token by part: 2 per weight of every matmul, and causal attention.
 
-    Attention's two products cost ``2 * 2 * hidden`` per token and visible position, on average half the sequence.
+    Attention's two products cost ``2 * 2 * heads * head_dim`` per token and visible position, on average half the
+    sequence.
     """
     return {
         "linear layers": 2.0 * sum(p.size for p in parameter_table(cfg) if p.role is Role.linear),
-        "attention": 4.0 * cfg.layers * cfg.hidden * sequence_length / 2,
+        "attention": 4.0 * cfg.layers * cfg.attention_width * sequence_length / 2,
         "head": 2.0 * cfg.vocab * cfg.hidden,
     }
 

@@ -1,6 +1,6 @@
 """Memory of a training step by component, from the shapes alone.
 
-An estimate for eager execution with AdamW: it adds up what is alive when the backward pass begins, exactly as the
+An estimate for eager execution: it adds up what is alive when the backward pass begins, exactly as the
 modules save it, and leaves out the temporaries of a single operation, the allocator's slack and the CUDA context.
 ``torch.compile`` fuses and recomputes, so it needs less. Activations are counted for the tokens of one micro-batch
 (micro_batch * sequence_length). With c the bytes of the compute type (bf16-mixed 2, 32-true 4; ``auto`` is counted as
@@ -11,14 +11,15 @@ component              bytes
 =====================  ===============================================================================================
 master weights         4 per parameter
 gradients              4 per parameter
-optimizer state        8 per parameter (two moments in float32)
+optimizer state        8 per parameter (two moments in float32); under Muon 4 per parameter of the blocks' matrices
 code buffers           1 per quantised parameter, 4 per quantised row
 compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)
 quantised inputs       int8 codes, and 8 per token for scale and 1/rms: for q, k, v, for gate and up, for o;
                        the down projection computes its own again
 norm inputs            the residual before attention and FFN (r); before a float down projection the gated state too (c)
 float layers' inputs   c per input that is not quantised; behind a norm 4 more for the normed state
-attention              rotated q and k, a copy of v, the output (all c), 4 per head
+attention              rotated q and k, a copy of v, the output (all c), 4 per head; with norms of q and k 8 per number
+                       of theirs (without autocast 4 and their whole stacked product) and 4 per head
 FFN                    the stacked gate/up product (c); before a float down projection also activation and square
 head and loss          final state and normed state (float32), the loss's gradients of it (c) and of the head (4)
 loss chunk             the head's copy (c), and of one chunk of tokens the logits (c), float32 logits and their gradient
@@ -31,9 +32,11 @@ from dataclasses import dataclass
 
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
 from bitnet_train.nn.layout import block_linears, quantised_layers
+from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 from bitnet_train.training.chunks import chunk_tokens
+from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
 FLOAT32 = 4
 
@@ -62,15 +65,20 @@ def compute_bytes(precision: str) -> int:
 
 
 def training_memory(
-    cfg: DecoderConfig, spec: QuantSpec, micro_batch: int, sequence_length: int, precision: str
+    cfg: DecoderConfig,
+    spec: QuantSpec,
+    micro_batch: int,
+    sequence_length: int,
+    precision: str,
+    optimizer: OptimizerConfig | None = None,
 ) -> TrainingMemory:
-    """Bytes that training needs; see the table above."""
+    """Bytes that training needs (with AdamW if no ``optimizer`` is given); see the table above."""
     counts = count_parameters(cfg, spec)
     compute = compute_bytes(precision)
     return TrainingMemory(
         master_weights=FLOAT32 * counts.total,
         gradients=FLOAT32 * counts.total,
-        optimizer_state=2 * FLOAT32 * counts.total,
+        optimizer_state=optimizer_state(optimizer or AdamWConfig(), cfg).bytes,
         code_buffers=_code_buffers(cfg, spec, counts),
         compute_copies=_compute_copies(cfg, counts, compute),
         activations=_activations(cfg, spec, micro_batch * sequence_length, compute),
@@ -116,11 +124,11 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
     gate, up, down = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0}
     # A down projection with 8-bit inputs computes its gated input and the codes again from gate and up.
-    fused_gate = quants[down].quantised and quants[down].activation_bits == 8
+    fused_gate = quants[down].quantised and quants[down].inputs.standard
     # (layers that share the input, its width, bytes of its type, norm before it, is it kept by something else already)
     for names, width, size, normed, kept in (
         ((q, k, v), cfg.hidden, residual, True, False),
-        ((o,), cfg.hidden, compute, sub_normed, True),
+        ((o,), cfg.attention_width, compute, sub_normed, True),
         ((gate, up), cfg.hidden, residual, True, False),
         ((down,), cfg.ffn, compute, sub_normed, fused_gate),
     ):
@@ -128,7 +136,16 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
             [quants[n] for n in names], width, size, normed, kept, compute, fused_gate and names == (down,)
         ).items():
             parts[part] += extra
-    parts["attention"] = compute * (outs[q] + outs[k] + outs[v] + cfg.hidden) + FLOAT32 * cfg.heads
+    parts["attention"] = compute * (outs[q] + outs[k] + outs[v] + cfg.attention_width) + FLOAT32 * cfg.heads
+    if cfg.qk_norm:
+        # Each norm keeps its input and the normed state in float32, and 1/rms of every head. Without a cast the input
+        # is the product itself, and what is stacked in it stays.
+        heads = outs[q] + outs[k]
+        read = heads
+        if compute == FLOAT32:
+            read = _stack(quants, outs, q, (q, k, v))
+            read += 0 if _same_stack(quants[q], quants[k]) else _stack(quants, outs, k, (q, k, v))
+        parts["attention"] += FLOAT32 * (heads + read + cfg.heads + cfg.kv_heads)
     # up (and gate under silu) keep the whole stacked product of the layers.
     inner = _stack(quants, outs, up, (gate, up))
     if not fused_gate:
@@ -144,7 +161,8 @@ def _input_per_token(
     quants: list[LayerQuant], width: int, size: int, normed: bool, kept: bool, compute: int, again: bool
 ) -> dict[str, int]:
     """What the layers reading one input save of it, bytes per token; ``again`` if they compute its codes again."""
-    bits = {quant.activation_bits for quant in quants if quant.quantised}
+    # What is not quantised by the fused kernels keeps about what float inputs keep.
+    bits = {8 if quant.inputs.standard else None for quant in quants if quant.quantised}
     # The float layers share one norm, the weight-only layers another.
     wide = any(not quant.quantised for quant in quants) + (None in bits)
     codes = width + FLOAT32 * (2 if normed else 1) if 8 in bits else 0
@@ -162,7 +180,7 @@ def _input_per_token(
 
 
 def _same_stack(one: LayerQuant, other: LayerQuant) -> bool:
-    return one.quantised and other.quantised and one.activation_bits == other.activation_bits
+    return one.quantised and other.quantised and one.inputs == other.inputs
 
 
 def _stack(quants: dict[str, LayerQuant], outs: dict[str, int], name: str, group: tuple[str, ...]) -> int:

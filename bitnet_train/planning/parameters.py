@@ -9,7 +9,10 @@ from bitnet_train.quant.spec import QuantSpec
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Elements by kind; ``linear`` maps each weight scheme in use to its share of the blocks' linear layers."""
+    """Elements by kind; ``linear`` maps each weight scheme in use to its share of the blocks' linear layers.
+
+    Biases count among the norms, which are vectors of floats like them.
+    """
 
     embedding: int
     head: int
@@ -41,4 +44,4 @@ def count_parameters(cfg: ModelConfig, spec: QuantSpec) -> ParameterCounts:
         if parameter.role is Role.linear:
             scheme = spec.for_layer(parameter.layer_name).scheme
             linear[scheme] = linear.get(scheme, 0) + parameter.size
-    return ParameterCounts(roles[Role.embedding], roles[Role.head], roles[Role.norm], linear)
+    return ParameterCounts(roles[Role.embedding], roles[Role.head], roles[Role.norm] + roles[Role.bias], linear)

@@ -224,7 +224,7 @@ def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> d
     parameters = count_parameters(cfg, QuantSpec()).total
     return {
         "block matmuls": matmuls,
-        "attention": 3 * 4.0 * tokens * cfg.layers * cfg.hidden * (work.sequence_length / 2) / float_rate,
+        "attention": 3 * 4.0 * tokens * cfg.layers * cfg.attention_width * (work.sequence_length / 2) / float_rate,
         "head and loss": (
             3 * 2.0 * tokens * cfg.vocab * cfg.hidden / float_rate
             + LOGIT_PASSES * compute * tokens * cfg.vocab / rates.bandwidth

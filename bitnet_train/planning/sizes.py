@@ -5,22 +5,26 @@ from dataclasses import dataclass
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.nn.config import ModelConfig
 from bitnet_train.nn.layout import Role, parameter_table, quantised_layers
+from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
+from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
 FLOAT32 = 4
 # torch.save's zip entry, name and padding included, for one tensor of a checkpoint (measured).
 ENTRY_BYTES = 320
-# What AdamW saves per parameter beside the weight: two moments and the step.
-STATES = 3
 # 3^5 = 243 fits into a byte: 1.6 bits per code, the densest whole-byte packing of ternary codes.
 TERNARY_PER_BYTE = 5
 BINARY_PER_BYTE = 8
+# Bits that a symmetric code takes: those of its kind, in whole codes to a byte.
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
-def checkpoint_bytes(cfg: ModelConfig) -> int:
-    """Size of a training checkpoint: float32 weights and two moments, and the file's entries."""
+def checkpoint_bytes(cfg: ModelConfig, optimizer: OptimizerConfig | None = None) -> int:
+    """Size of a training checkpoint: float32 weights and the optimizer's state (AdamW's if none is given), and the
+    file's entries."""
     table = parameter_table(cfg)
-    return 3 * FLOAT32 * sum(p.size for p in table) + ENTRY_BYTES * (1 + STATES) * len(table)
+    state = optimizer_state(optimizer or AdamWConfig(), cfg)
+    return FLOAT32 * sum(p.size for p in table) + state.bytes + ENTRY_BYTES * (len(table) + state.tensors)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ def export_sizes(cfg: ModelConfig, spec: QuantSpec, dtype: ExportDtype) -> list[
     layers = quantised_layers(cfg, spec)
     schemes = {layer.scheme for layer in layers.values()}
     packings: dict[str, dict[str, int]] = {}
-    if schemes:
+    if schemes == {"symmetric"}:
+        packings["codes of their bits"] = {"symmetric": 1}
+    elif schemes:
         packings["2 bits per code"] = dict.fromkeys(schemes, CODES_PER_BYTE)
         if "ternary" in schemes:
             packings["five codes a byte"] = {"ternary": TERNARY_PER_BYTE, "binary": CODES_PER_BYTE}
@@ -58,7 +64,8 @@ def _size(packing: str, per_byte: dict[str, int], cfg: ModelConfig, spec: QuantS
     for parameter in parameter_table(cfg):
         layer = layers.get(parameter.layer_name)
         if layer is not None:
-            body += -(-parameter.size // per_byte[layer.scheme]) + FLOAT32 * layer.group_count(parameter.shape[0])
+            codes = 8 // STORED_BITS[layer.bits] if layer.bits else per_byte[layer.scheme]
+            body += -(-parameter.size // codes) + FLOAT32 * layer.group_count(parameter.shape[0])
         elif parameter.role in (Role.embedding, Role.head):
             embeddings += size * parameter.size
         else:

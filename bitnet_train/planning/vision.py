@@ -12,10 +12,13 @@ from bitnet_train.nn.vision.config import ClassifierConfig
 from bitnet_train.planning.curve import CurvePoint, characteristic_points
 from bitnet_train.planning.flops import image_flops, training_flops_per_image
 from bitnet_train.planning.memory import FLOAT32, TrainingMemory, compute_bytes
+from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters
 from bitnet_train.planning.sizes import ExportSize, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import QuantSpec, build_spec
-from bitnet_train.training.config import BatchPlan, RunConfig, step_plan
+from bitnet_train.training.batch_warmup import BatchPlan
+from bitnet_train.training.config import RunConfig, step_plan
+from bitnet_train.training.optimizers.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,16 @@ def estimate_images(cfg: RunConfig, dtype: ExportDtype) -> ImageEstimate:
         batch=plan,
         steps=cfg.trainer.max_steps,
         images=cfg.trainer.max_steps * plan.batch_sequences,
-        memory=_memory(model, spec, cfg.trainer.precision),
+        memory=_memory(model, spec, cfg.trainer.precision, cfg.optimizer),
         precision=cfg.trainer.precision,
-        checkpoint_bytes=checkpoint_bytes(model),
+        checkpoint_bytes=checkpoint_bytes(model, cfg.optimizer),
         exports=export_sizes(model, spec, dtype),
         export_dtype=dtype.value,
         curve=characteristic_points(cfg),
     )
 
 
-def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str) -> TrainingMemory:
+def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str, optimizer: OptimizerConfig) -> TrainingMemory:
     """As :func:`bitnet_train.planning.memory.training_memory`, without activations."""
     counts, compute = count_parameters(cfg, spec), compute_bytes(precision)
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
@@ -90,7 +93,7 @@ def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str) -> TrainingM
     return TrainingMemory(
         master_weights=FLOAT32 * counts.total,
         gradients=FLOAT32 * counts.total,
-        optimizer_state=2 * FLOAT32 * counts.total,
+        optimizer_state=optimizer_state(optimizer, cfg).bytes,
         code_buffers=counts.quantised + FLOAT32 * rows,
         compute_copies=0 if compute == FLOAT32 else compute * floats,
         activations={},

@@ -4,6 +4,7 @@ A *scale* is always direct: ``value = code * scale``. Statistics are taken from 
 quantised, and the same scale serves both directions.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,50 +41,113 @@ def absmean_scale(weight: Tensor, groups: int) -> Tensor:
     return grouped.abs().sum(dim=1, dtype=torch.float64).div(grouped.shape[1]).float().clamp(min=SCALE_FLOOR)
 
 
-def ternarise(weight: Tensor, threshold: float = 0.5, groups: int = 1) -> Codes:
+def absmedian_scale(weight: Tensor, groups: int) -> Tensor:
+    """Median of ``|W|`` per group of rows (the lower one of two), float32 of shape (groups,), clamped at 1e-5.
+
+    The scale of "b1.58 Reloaded" (arXiv 2407.09527, section 3). A NaN weight makes the scale NaN.
+    """
+    return weight.detach().float().reshape(groups, -1).abs().median(dim=1).values.clamp(min=SCALE_FLOOR)
+
+
+def symmetric_scale(weight: Tensor, groups: int, largest: int, statistic: str) -> Tensor:
+    """Scale of weights whose codes go from ``-largest`` to ``largest``, float32 of shape (groups,), at least 1e-5.
+
+    ``absmax``: ``max|W| / largest``, so that nothing is clipped. ``absmean``: ``2 * mean|W| / sqrt(largest)``, what LSQ
+    starts from (arXiv 1902.08153, section 2.1), which clips a few large weights for finer steps.
+    """
+    if statistic == "absmean":
+        mean = absmean_scale(weight, groups)
+        return (mean * (2.0 / math.sqrt(largest))).clamp(min=SCALE_FLOOR)
+    absmax = torch.linalg.vector_norm(weight.detach().float().reshape(groups, -1), torch.inf, dim=1)
+    return (absmax / torch.full_like(absmax, float(largest))).clamp(min=SCALE_FLOOR)
+
+
+def statistic_scale(weight: Tensor, layer: LayerQuant) -> Tensor:
+    """The scale of a master weight (out, in) by the layer's own statistic, float32 of shape (groups,)."""
+    groups = layer.group_count(weight.shape[0])
+    if layer.scheme == "symmetric":
+        return symmetric_scale(weight, groups, layer.largest_code, layer.statistic)
+    return (absmedian_scale if layer.statistic == "absmedian" else absmean_scale)(weight, groups)
+
+
+def ternarise(weight: Tensor, threshold: float = 0.5, groups: int = 1, scale: Tensor | None = None) -> Codes:
     """Master weight (out, in) to ternary codes and one scale per group of rows.
 
-    With ``scale = mean|W|`` of the group::
+    With ``scale = mean|W|`` of the group, unless it is given::
 
         code = sign(W)  if |W| / scale > threshold  else  0
 
     At the default ``threshold`` of 0.5 this is ``clip(round(W / scale), -1, 1)`` with rounding half to even, the
     absmean quantiser of BitNet b1.58 (arXiv 2402.17764, equations 1-3). The scale does not depend on the threshold.
     """
-    scale = absmean_scale(weight, groups)
+    scale = absmean_scale(weight, groups) if scale is None else scale
     ratio = weight.detach().float().reshape(groups, -1) / scale[:, None]
     codes = (ratio > threshold).to(torch.int8) - (ratio < -threshold).to(torch.int8)
     return Codes(codes.reshape(weight.shape), scale)
 
 
-def binarise(weight: Tensor, groups: int = 1) -> Codes:
+def binarise(weight: Tensor, groups: int = 1, scale: Tensor | None = None) -> Codes:
     """Master weight (out, in) to codes in {-1, 1} and one scale per group of rows.
 
-    ``code = sign(W - alpha)`` with ``alpha = mean W`` and sign(0) = +1, ``scale = beta = mean|W|``, all per group
-    (BitNet, arXiv 2310.11453, equations 1-3 and 12).
+    ``code = sign(W - alpha)`` with ``alpha = mean W`` and sign(0) = +1, ``scale = beta = mean|W|`` unless it is given,
+    all per group (BitNet, arXiv 2310.11453, equations 1-3 and 12).
     """
     grouped = weight.detach().float().reshape(groups, -1)
     alpha = grouped.sum(dim=1, dtype=torch.float64).div(grouped.shape[1]).float()
     codes = torch.where(grouped >= alpha[:, None], 1, -1).to(torch.int8)
-    return Codes(codes.reshape(weight.shape), absmean_scale(weight, groups))
+    return Codes(codes.reshape(weight.shape), absmean_scale(weight, groups) if scale is None else scale)
 
 
-# Add a quantiser: a function (master weight, LayerQuant, groups) -> Codes, and its name in config.WeightScheme.
-WEIGHT_QUANTISERS: dict[str, Callable[[Tensor, LayerQuant, int], Codes]] = {
-    "ternary": lambda weight, layer, groups: ternarise(weight, layer.threshold, groups),
-    "binary": lambda weight, layer, groups: binarise(weight, groups),
+def round_to_codes(weight: Tensor, scale: Tensor, largest: int) -> Codes:
+    """``clip(round(W / scale), -largest, largest)``, half to even: b-bit symmetric codes (out, in)."""
+    ratio = weight.detach().float().reshape(len(scale), -1) / scale[:, None]
+    # What is not finite has a scale that says so; the codes are arbitrary.
+    codes = torch.nan_to_num(torch.round(ratio)).clamp(-largest, largest).to(torch.int8)
+    return Codes(codes.reshape(weight.shape), scale)
+
+
+# Add a quantiser: a function (master weight, LayerQuant, scale) -> Codes, and its name in config.WeightScheme.
+WEIGHT_QUANTISERS: dict[str, Callable[[Tensor, LayerQuant, Tensor], Codes]] = {
+    "ternary": lambda weight, layer, scale: ternarise(weight, layer.threshold, len(scale), scale),
+    "binary": lambda weight, layer, scale: binarise(weight, len(scale), scale),
+    "symmetric": lambda weight, layer, scale: round_to_codes(weight, scale, layer.largest_code),
 }
 
 
 @torch.no_grad()
-def quantise_weight(weight: Tensor, layer: LayerQuant) -> Codes:
+def quantise_weight(weight: Tensor, layer: LayerQuant, scale: Tensor | None = None) -> Codes:
     """Codes and scales of a master weight (out, in) under ``layer``.
 
-    Raises ValueError for a float layer and ConfigError when the groups do not divide the rows.
+    ``scale`` float32 (groups,) is a learned one, in the place of the layer's statistic. A group with a weight that is
+    not finite has a scale that is not finite either, so that it shows in every output. Raises ValueError for a float
+    layer and ConfigError when the groups do not divide the rows.
     """
     if not layer.quantised:
         raise ValueError("a float layer has no codes")
-    return WEIGHT_QUANTISERS[layer.scheme](weight, layer, layer.group_count(weight.shape[0]))
+    blind = scale is not None or layer.statistic == "absmedian"
+    if scale is None:
+        scale = statistic_scale(weight, layer)
+    if blind:  # neither a learned scale nor a median depends on every weight
+        absmax = torch.linalg.vector_norm(weight.detach().float().reshape(len(scale), -1), torch.inf, dim=1)
+        scale = torch.where(torch.isfinite(absmax), scale, torch.nan)
+    return WEIGHT_QUANTISERS[layer.scheme](weight, layer, scale.detach().float().clamp(min=SCALE_FLOOR))
+
+
+@torch.no_grad()
+def scale_gradient(weight: Tensor, grad: Tensor, codes: Codes, largest: int) -> Tensor:
+    """Gradient of a learned scale, float32 (groups,), from the gradient of the weights (LSQ, arXiv 1902.08153, eq. 3).
+
+    ``weight``, ``grad`` (out, in): the master weight and its straight-through gradient, which is that of the values
+    ``code * scale``. Per weight ``d value / d scale`` is ``code - W / scale`` inside the range of the codes and
+    ``code`` beyond it. The sum over a group is divided by ``sqrt(weights in the group * largest)``, so that scales
+    move at the pace of weights (section 2.2 there).
+    """
+    groups = len(codes.scale)
+    ratio = weight.detach().float().reshape(groups, -1) / codes.scale[:, None]
+    values = codes.codes.reshape(groups, -1).float()
+    slope = torch.where(ratio.abs() <= largest, values - ratio, values)
+    total = (grad.float().reshape(groups, -1) * slope).sum(dim=1)
+    return total / math.sqrt(ratio.shape[1] * largest)
 
 
 @torch.no_grad()
@@ -92,9 +156,18 @@ def masters_from_codes(codes: Codes, layer: LayerQuant) -> Tensor:
 
     Ternary: all nonzero weights of a group get one magnitude, scale / share of nonzeros, whose mean is the scale; some
     of them the next larger float32, so that the mean rounds to the scale itself. Binary: the scale. A group without any
-    nonzero code becomes zero, whatever its scale was, which nothing depends on. Raises ValueError when the quantiser of
-    ``layer`` does not give the codes back (a binary layer of equal signs, a threshold above one).
+    nonzero code becomes zero, whatever its scale was, which nothing depends on. Symmetric, and layers whose scale is
+    learned or the median: ``code * scale``. Raises ValueError when the quantiser of ``layer`` does not give the codes
+    back (a binary layer of equal signs, a threshold above one, symmetric codes that do not reach the largest).
     """
+    if layer.trainable_scale:
+        return codes.dequantise()
+    if layer.scheme == "symmetric" or layer.statistic == "absmedian":
+        plain = codes.dequantise()
+        found = quantise_weight(plain, layer)
+        if not torch.equal(found.codes, codes.codes) or not torch.equal(found.scale, codes.scale):
+            raise ValueError("these codes are none that the layer's quantiser makes")
+        return plain
     groups = len(codes.scale)
     signs = codes.codes.reshape(groups, -1).float()
     masters = torch.empty_like(signs)

@@ -4,17 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitnet_train.data.describe import describe
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.report import Check, VerificationReport
 from bitnet_train.export.sizes import ExportSize
 from bitnet_train.nn.config import initial_source
-from bitnet_train.quant.spec import build_spec
+from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.reporting.charts import Chart, Line, png, smoothed
 from bitnet_train.reporting.metrics import Metrics, read_metrics
 from bitnet_train.reporting.page import megabytes, number
 from bitnet_train.reporting.run_facts import audit_rows, read_json_object
 from bitnet_train.training.config import RunConfig
+from bitnet_train.training.losses.config import DistillationLoss
+from bitnet_train.training.regularisers.config import NoRegulariser
 from bitnet_train.training.run_folder import RunFolder
 
 CARD, CURVE = "README.md", "curve.png"
@@ -78,6 +81,13 @@ class CardFacts:
     export: ExportConfig
     size: ExportSize
     report: VerificationReport
+    # Of the step that was exported, where the run changes it on the way.
+    spec: QuantSpec | None = None
+
+    @property
+    def quantisation(self) -> QuantSpec:
+        """What is quantised how in the export."""
+        return self.spec or build_spec(self.cfg.quant)
 
 
 def write_card(facts: CardFacts, folder: Path) -> None:
@@ -96,7 +106,7 @@ def write_card(facts: CardFacts, folder: Path) -> None:
 def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
     """The text of the card."""
     cfg, report = facts.cfg, facts.report
-    rows = audit_rows(cfg.decoder, build_spec(cfg.quant))
+    rows = audit_rows(cfg.decoder, facts.quantisation)
     total = sum(row.parameters for row in rows)
     quantised = sum(row.share for row in rows if row.kept != "float")
     file = next((path.name for path in sorted(folder.glob("*.gguf"))), "")
@@ -143,7 +153,7 @@ def card(facts: CardFacts, folder: Path, metrics: Metrics, curve: bool) -> str:
 
 
 def _kept(facts: CardFacts) -> str:
-    schemes = sorted({row.kept.split(",")[0] for row in audit_rows(facts.cfg.decoder, build_spec(facts.cfg.quant))})
+    schemes = sorted({row.kept.split(",")[0] for row in audit_rows(facts.cfg.decoder, facts.quantisation)})
     return " or ".join(scheme for scheme in schemes if scheme != "float") or "quantised"
 
 
@@ -157,11 +167,12 @@ def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
     last = sessions[-1] if sessions else {}
     git, versions = last.get("git") or {}, last.get("versions", {})
     hardware = last.get("hardware", {})
-    corpus = getattr(cfg.text.corpus, "name", "-")
+    tokens = f"{'up to ' if cfg.trainer.batch_warmup else ''}{cfg.trainer.batch_tokens:,}"
     return [
-        ("data", f"{corpus}, sequences of {cfg.text.sequence_length} tokens"),
-        ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {cfg.trainer.batch_tokens:,} tokens each"),
+        ("data", f"{describe(cfg.text, cfg.trainer.max_steps)}, sequences of {cfg.text.sequence_length} tokens"),
+        ("steps", f"{facts.report.step:,} of {cfg.trainer.max_steps:,}, {tokens} tokens each"),
         ("optimizer", f"{cfg.optimizer.name}, peak learning rate {cfg.optimizer.lr:g}, schedule {cfg.schedule.name}"),
+        *_objective(cfg),
         ("bits per byte of held-out text", number(metrics.last("val/bits_per_byte"))),
         ("held-out loss", number(metrics.last("val/loss"))),
         ("model", f"{model.layers} layers, hidden {model.hidden}, {model.heads} heads "
@@ -171,6 +182,15 @@ def _training(facts: CardFacts, metrics: Metrics) -> list[tuple[str, str]]:
         ("software", f"bitnet_train {versions.get('bitnet_train', '-')} ({git.get('commit', 'a release')[:12]}), "
                      f"torch {versions.get('torch', '-')}"),
     ]  # fmt: skip
+
+
+def _objective(cfg: RunConfig) -> list[tuple[str, str]]:
+    """What was minimised, where it was more than the cross-entropy."""
+    loss, regulariser = cfg.loss, cfg.regulariser
+    taught = f"distilled from {loss.teacher}" if isinstance(loss, DistillationLoss) else ""
+    penalty = "" if isinstance(regulariser, NoRegulariser) else f"regulariser {regulariser.name}"
+    more = [part for part in (taught, penalty) if part]
+    return [("loss", ", ".join(["cross-entropy", *more]))] if more else []
 
 
 def _size(facts: CardFacts) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def audit_rows(cfg: ModelConfig, spec: QuantSpec) -> list[AuditRow]:
         if parameter.role is Role.linear:
             layer = spec.for_layer(parameter.layer_name)
             if layer.quantised:
-                inputs = "8-bit" if layer.activation_bits else "float"
+                inputs = f"{layer.activation_bits}-bit" if layer.activation_bits else "float"
                 groups = layer.group_count(parameter.shape[0])
                 kept = f"{layer.scheme}, {groups} scale{'' if groups == 1 else 's'}, {inputs} inputs"
         what = {Role.linear: parameter.layer_name.rpartition(".")[2]}.get(parameter.role, parameter.role.value)
@@ -55,14 +55,18 @@ def run_charts(metrics: Metrics) -> list[Chart]:
     on_images = bool(metrics.series("images")[0])
     held_out, unit = ("held-out images", "image") if on_images else ("held-out text", "token")
     loss.append(Line(held_out, *metrics.series("val/loss")))
+    parts = [Line(name, *metrics.series(f"loss/{name}")) for name in ("total", "z", "distillation", "regulariser")]
     norm = [Line("gradient norm", *metrics.series("grad_norm")), Line("threshold", *metrics.series("clip_threshold"))]
+    norm.append(Line("after clipping", *metrics.series("grad_norm_clipped"), faint=True))
     charts = [
         Chart(f"Loss (nats per {unit})", [line for line in loss if line.steps]),
+        Chart("Parts of the loss beside the cross-entropy, and all of it", [line for line in parts if line.steps]),
         Chart("Bits per byte of held-out text", [Line("held-out text", *metrics.series("val/bits_per_byte"))]),
         Chart("Accuracy on held-out images", [Line("held-out images", *metrics.series("val/accuracy"))]),
         Chart("Learning rate", [Line("lr", *metrics.series("lr"))]),
         Chart("Weight decay", [Line("weight decay", *metrics.series("weight_decay"))]),
-        Chart("Gradient norm before clipping", [line for line in norm if line.steps], logarithmic=True),
+        Chart("Gradient norm before and after clipping", [line for line in norm if line.steps], logarithmic=True),
+        Chart("Steps skipped by the guard", [Line("skipped", *metrics.series("skipped"))]),
         Chart("Tokens per second", [Line("tokens/s", *metrics.series("tokens_per_second"))]),
         Chart("Images per second", [Line("images/s", *metrics.series("images_per_second"))]),
         Chart("Share of codes that are zero", [Line("zeros", *metrics.series("codes/zeros"))]),

@@ -30,7 +30,7 @@ def run_page(cfg: RunConfig, folder: RunFolder, name: str) -> str:
     total = sum(row.parameters for row in rows)
     subtitle = (
         f"{total:,} parameters, {quantised:.1%} of them quantised; {cfg.trainer.max_steps:,} steps of "
-        f"{size.count:,} {size.unit}."
+        f"{'up to ' if cfg.trainer.batch_warmup else ''}{size.count:,} {size.unit}."
     )
     return render(
         name,

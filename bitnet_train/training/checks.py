@@ -2,20 +2,31 @@
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
+from bitnet_train.nn.layout import parameter_table
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.config import check_clip
-from bitnet_train.training.config import PRECISIONS, RunConfig, step_plan, step_sequences
+from bitnet_train.training.config import PRECISIONS, RunConfig, micro_batches, step_plan
+from bitnet_train.training.guard.config import check_guard
+from bitnet_train.training.losses.config import check_loss
 from bitnet_train.training.optimizers.config import check_optimizer
-from bitnet_train.training.schedules.factors import check_schedule
+from bitnet_train.training.regularisers.config import check_regulariser
+from bitnet_train.training.schedules.checks import check_schedule
+from bitnet_train.training.telemetry.config import check_telemetry
 
 
 def check_training(cfg: RunConfig) -> None:
     """Raises ConfigError for training settings that are out of range or do not fit together."""
     check_trainer(cfg)
-    check_optimizer(cfg.optimizer)
-    check_clip(cfg.clip)
+    parameters = parameter_table(cfg.model)
+    check_optimizer(cfg.optimizer, parameters)
+    check_clip(cfg.clip, [p.name for p in parameters], cfg.trainer.max_steps)
+    check_telemetry(cfg.telemetry)
+    check_loss(cfg.loss, cfg.model)
+    check_guard(cfg.guard)
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)
+    check_regulariser(cfg.regulariser, cfg.model, build_spec(cfg.quant), cfg.trainer.max_steps)
     check_schedule(cfg.weight_decay_schedule, cfg.trainer.max_steps, "weight_decay_schedule")
 
 
@@ -48,7 +59,7 @@ def check_trainer(cfg: RunConfig) -> None:
     if cfg.samples.max_new_tokens < 1 or cfg.samples.temperature < 0:
         raise ConfigError("samples.max_new_tokens must be at least 1 and samples.temperature at least 0.")
     if trainer.micro_batch == "auto":
-        step_sequences(trainer, cfg.text.sequence_length)
+        micro_batches(trainer, cfg.text.sequence_length)
     elif isinstance(trainer.micro_batch, str):
         raise ConfigError(
             f"trainer.micro_batch={trainer.micro_batch} is unknown: use a number of sequences, null or auto."

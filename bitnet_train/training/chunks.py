@@ -4,7 +4,12 @@
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 
 
+def chunk_elements(device: str) -> int:
+    """Elements of a chunk of scores on a kind of device."""
+    return CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"])
+
+
 def chunk_tokens(vocab: int, device: str) -> int:
     """Tokens per chunk of the loss on a kind of device: a power of two, at least 64."""
-    tokens = CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // vocab
+    tokens = chunk_elements(device) // vocab
     return max(64, 1 << max(tokens, 1).bit_length() - 1)

@@ -1,5 +1,5 @@
-"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``loss``, ``trainer``,
-``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
+"""How a model is trained: the ``optimizer``, ``schedule``, ``weight_decay_schedule``, ``clip``, ``guard``, ``loss``,
+``regulariser``, ``trainer``, ``checkpoint``, ``logger`` and ``samples`` parts of the configuration."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,11 +13,15 @@ from bitnet_train.kernels.config import KernelConfig
 from bitnet_train.nn.config import DecoderConfig, InitConfig, ModelConfig, NormalInit
 from bitnet_train.nn.vision.config import ClassifierConfig
 from bitnet_train.quant.config import QuantConfig
+from bitnet_train.training.batch_warmup import BatchPlan, BatchStage, BatchStageConfig, batch_stages, even_cuts
 from bitnet_train.training.clipping.config import ClipConfig, NormClip
+from bitnet_train.training.guard.config import GuardConfig
 from bitnet_train.training.loggers.config import CsvLogger, LoggerConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss, LossConfig
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
+from bitnet_train.training.regularisers.config import NoRegulariser, RegulariserConfig
 from bitnet_train.training.schedules.config import ConstantSchedule, LinearSchedule, ScheduleConfig
+from bitnet_train.training.telemetry.config import TelemetryConfig
 
 
 class Accelerator(Enum):
@@ -38,6 +42,9 @@ class TrainerConfig:
     max_steps: int = 500
     # Tokens per optimizer step, over all micro-batches; null in a recipe that trains on images (data.batch_size).
     batch_tokens: int | None = 4096
+    # Smaller batches before: a list of {until: step or share, tokens: N}, rising. Default none. The micro-batches of a
+    # step stay as many and shrink, and torch.compile compiles once for each size. (Text only.)
+    batch_warmup: list[BatchStageConfig] = field(default_factory=list)
     # Sequences (or images) per forward and backward: a number; null for the whole step at once; or auto, the largest
     # number that divides the step and fits into memory, measured before training starts (text only). Smaller means
     # gradient accumulation.
@@ -100,14 +107,20 @@ class RunConfig:
     weight_decay_schedule: ScheduleConfig = field(default_factory=ConstantSchedule)
     # Gradient clipping.
     clip: ClipConfig = field(default_factory=NormClip)
+    # Which steps are skipped, and when the run goes back to a checkpoint.
+    guard: GuardConfig = field(default_factory=GuardConfig)
     # What is minimised.
     loss: LossConfig = field(default_factory=CrossEntropyLoss)
+    # A penalty on the weights that is added to it.
+    regulariser: RegulariserConfig = field(default_factory=NoRegulariser)
     # Steps, batches, precision and hardware.
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     # When to save.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Texts written on the way.
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    # What is watched in every layer.
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     # Where metrics go beside metrics.csv.
     logger: LoggerConfig = field(default_factory=CsvLogger)
     # What evaluate measures, and what is measured on the way.
@@ -162,19 +175,16 @@ def step_size(cfg: RunConfig) -> StepSize:
     return StepSize(_batch_tokens(cfg.trainer), "tokens")
 
 
+def consumed_by(cfg: RunConfig, steps: int) -> int:
+    """Tokens or images of the first ``steps`` steps of a run whose ``trainer.micro_batch`` is a number or null."""
+    per_sample = 1 if isinstance(cfg.data, ImageDataConfig) else cfg.text.sequence_length
+    return step_plan(cfg).consumed(steps) * per_sample
+
+
 def _batch_tokens(trainer: TrainerConfig) -> int:
     if trainer.batch_tokens is None:
         raise ConfigError("trainer.batch_tokens is null: give the number of tokens of an optimizer step.")
     return trainer.batch_tokens
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the tokens of a step are cut: sequences per step, sequences per forward, forwards per step."""
-
-    batch_sequences: int
-    micro_batch: int
-    accumulation: int
 
 
 def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
@@ -187,6 +197,16 @@ def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
             f"use {max(1, round(batch_tokens / sequence_length)) * sequence_length}."
         )
     return sequences
+
+
+def micro_batches(trainer: TrainerConfig, sequence_length: int) -> list[int]:
+    """Every micro-batch, ascending, that cuts each step into equal parts, those of trainer.batch_warmup included."""
+    sequences = step_sequences(trainer, sequence_length)
+    return even_cuts(sequences, _stages(trainer, sequence_length))
+
+
+def _stages(trainer: TrainerConfig, sequence_length: int) -> tuple[BatchStage, ...]:
+    return batch_stages(trainer.batch_warmup, trainer.max_steps, _batch_tokens(trainer), sequence_length)
 
 
 def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
@@ -205,7 +225,16 @@ def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
             f"trainer.micro_batch={micro} does not divide the {sequences} sequences of a step "
             "(trainer.batch_tokens / data.sequence_length)."
         )
-    return BatchPlan(sequences, micro, sequences // micro)
+    accumulation, warmup = sequences // micro, _stages(trainer, sequence_length)
+    for number, stage in enumerate(warmup):
+        if stage.sequences % accumulation:
+            cuts = ", ".join(map(str, even_cuts(sequences, warmup)))
+            raise ConfigError(
+                f"trainer.batch_warmup[{number}] has {stage.sequences} sequences, which the {accumulation} "
+                f"micro-batches of a step cannot share evenly: use a multiple of {accumulation * sequence_length} "
+                f"tokens, or a trainer.micro_batch of {cuts}."
+            )
+    return BatchPlan(sequences, micro, accumulation, warmup)
 
 
 def image_plan(trainer: TrainerConfig, batch_size: int) -> BatchPlan:

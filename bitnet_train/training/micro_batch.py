@@ -25,7 +25,7 @@ from bitnet_train.planning.fitting import SHARE, MemoryLine, climb, divisors
 from bitnet_train.planning.machine_memory import ResidentMemory, available_memory, give_back_free_memory
 from bitnet_train.planning.memory import training_memory
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.config import RunConfig, step_sequences
+from bitnet_train.training.config import RunConfig, micro_batches, step_sequences
 from bitnet_train.training.device import Choices
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.optimizers.build import build_optimizer
@@ -119,7 +119,9 @@ def find_micro_batch(
     ConfigError when not even one sequence fits.
     """
     sequences = step_sequences(cfg.trainer, cfg.text.sequence_length)
-    sizes, state = divisors(sequences), optimizer_bytes(cfg)
+    # The smallest sizes show what a sequence takes; a batch warm-up does not let all of them be chosen.
+    small, sizes = divisors(sequences), micro_batches(cfg.trainer, cfg.text.sequence_length)
+    state = optimizer_bytes(cfg)
     decoder.to(choices.device)
     meter, share = _meter(choices.device), SHARE[choices.device]
     if meter is None:
@@ -152,8 +154,11 @@ def find_micro_batch(
         else:
             known = state + sum(p.nbytes for p in decoder.parameters())
             most = meter.available if choices.device == "cpu" else math.inf
-            eager = _few_sizes(sizes, first, known, most, measure)
+            eager = _few_sizes(small, first, known, most, measure)
             line = MemoryLine.through(eager)
+            if sizes[0] not in eager and line.at(sizes[0]) > budget:
+                need = round(line.at(sizes[0]))
+                raise ConfigError(_too_large(cfg, need, meter.available, share, choices.compile, sizes[0]))
         ample = AMPLE * line.at(sequences) + COMPILER <= budget
         if choices.compile and not ample:
             tried = climb(sizes, line, budget, lambda size: measure(size, True))
@@ -161,7 +166,8 @@ def find_micro_batch(
             tried = climb(sizes, line, budget, lambda size: eager[size] if size in eager else measure(size))
     fitting = {size: used for size, used in tried.items() if used is not None}
     if not fitting:
-        raise ConfigError(_too_large(cfg, peaks.get(1), meter.available, share, choices.compile))
+        least = peaks.get(sizes[0])
+        raise ConfigError(_too_large(cfg, least, meter.available, share, choices.compile, sizes[0]))
     size = max(fitting)
     per_sequence = max(0.0, (fitting[size] - line.fixed) / size)
     return MicroBatch(size, sequences, round(line.fixed), round(per_sequence), round(budget), share, meter.how)
@@ -263,13 +269,14 @@ def _estimated(cfg: RunConfig, sizes: list[int], choices: Choices) -> MicroBatch
     planned = {size: _planned(cfg, size, choices.precision) for size in sizes}
     size = max((size for size, need in planned.items() if need <= share * available), default=None)
     if size is None:
-        raise ConfigError(_too_large(cfg, planned[1], available, share))
+        raise ConfigError(_too_large(cfg, planned[sizes[0]], available, share, size=sizes[0]))
     line, limit = MemoryLine.through(planned), round(share * available)
     return MicroBatch(size, sizes[-1], round(line.fixed), round(line.per_sequence), limit, share, "estimated")
 
 
 def _planned(cfg: RunConfig, size: int, precision: str) -> int:
-    memory = training_memory(cfg.decoder, build_spec(cfg.quant), size, cfg.text.sequence_length, precision)
+    spec, length = build_spec(cfg.quant), cfg.text.sequence_length
+    memory = training_memory(cfg.decoder, spec, size, length, precision, cfg.optimizer)
     return memory.total - memory.master_weights
 
 
@@ -291,14 +298,17 @@ def _free(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _too_large(cfg: RunConfig, need: int | None, available: int, share: float, compiled: bool = False) -> str:
+def _too_large(
+    cfg: RunConfig, need: int | None, available: int, share: float, compiled: bool = False, size: int = 1
+) -> str:
     takes = "runs out of memory" if need is None else f"takes {_megabytes(need)} with gradients and optimizer state"
     eager = "set trainer.compile=false, " if compiled else ""
+    least = "one sequence" if size == 1 else f"the {size} sequences that trainer.batch_warmup asks for"
     return (
-        f"Not even one sequence fits into memory: a pass over 1 x {cfg.text.sequence_length} tokens {takes}, and "
+        f"Not even {least} fits into memory: a pass over {size} x {cfg.text.sequence_length} tokens {takes}, and "
         f"{share:.0%} of the {_megabytes(available)} that are free may be used: {eager}shorten data.sequence_length, "
-        "choose a smaller model (model.layers, model.hidden, model.ffn) or free memory; trainer.micro_batch=1 tries "
-        "anyway."
+        "choose a smaller model (model.layers, model.hidden, model.ffn) or free memory; "
+        f"trainer.micro_batch={size} tries anyway."
     )
 
 

@@ -7,44 +7,79 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, step_plan
-from bitnet_train.training.losses.cross_entropy import build_loss
+from bitnet_train.training.guard.rule import build_guard
+from bitnet_train.training.losses.build import build_loss
+from bitnet_train.training.losses.config import CrossEntropyLoss, Reduction
+from bitnet_train.training.losses.parts import LossParts, Taught
 from bitnet_train.training.optimizers.build import build_optimizer
-from bitnet_train.training.step import next_token_loss, set_step_rates
+from bitnet_train.training.regularisers.penalties import build_regulariser
+from bitnet_train.training.step import clip_gradients, next_token_loss, set_step_rates
+from bitnet_train.training.teachers.resume import TEACHER
+from bitnet_train.training.teachers.teacher import Teacher
 
 
 class TrainingModule(L.LightningModule):
     """Base of the training of a model: all but the model and the loss of a batch.
 
     Learning rate and weight decay are set from the step before each update; the codes are refreshed by the optimizer's
-    step hook. ``step_loss`` and ``clip_result`` hold the last step's figures as tensors, for the callbacks.
+    step hook. ``step_loss`` (the cross-entropy), ``step_parts`` (what else is minimised, by the names of its columns;
+    empty without) and ``clip_result`` hold the last step's figures as tensors, for the callbacks.
     """
 
-    def __init__(self, cfg: RunConfig, compiled: bool) -> None:
+    # The attribute that holds the model; its weights begin with it in checkpoints.
+    NETWORK = ""
+
+    def __init__(self, cfg: RunConfig, network: nn.Module, compiled: bool) -> None:
         super().__init__()
         self.cfg = cfg
-        self.clip_rule = build_clip(cfg.clip)
+        setattr(self, self.NETWORK, network)
+        self.guard = build_guard(cfg.guard)
+        self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
+        self.regulariser = build_regulariser(cfg.regulariser, network, cfg.trainer.max_steps)
+        # A sum over the samples of a step: Lightning divides the loss of each micro-batch by their number.
+        self._micro_batches: int | None = None
+        if isinstance(cfg.loss, CrossEntropyLoss) and cfg.loss.reduction is Reduction.sum:
+            rehearsed = isinstance(cfg.trainer.micro_batch, str)
+            self._micro_batches = 1 if rehearsed else step_plan(cfg).accumulation
         self.step_loss: Tensor | None = None
+        self.step_parts: dict[str, Tensor] = {}
         self.clip_result: ClipResult | None = None
         self.code_cache: CodeCache | None = None
-        self._losses: list[Tensor] = []
-        self._compute: Callable[[Any], Tensor] = torch.compile(self._batch_loss) if compiled else self._batch_loss
+        self._parts: list[LossParts] = []
+        # A graph for each size of a batch warm-up: one for changing sizes would compute otherwise in a continued run.
+        dynamic = False if cfg.trainer.batch_warmup else None
+        self._compute: Callable[..., LossParts] = (
+            torch.compile(self.batch_loss, dynamic=dynamic) if compiled else self.batch_loss
+        )
 
     @property
     def network(self) -> nn.Module:
         """The model that is trained."""
+        network = getattr(self, self.NETWORK)
+        assert isinstance(network, nn.Module)
+        return network
+
+    def batch_loss(self, *batch: Any) -> LossParts:
+        """The loss of what :meth:`prepared` gives, and its parts, not compiled."""
         raise NotImplementedError
 
-    def _batch_loss(self, batch: Any) -> Tensor:
+    def prepared(self, batch: Any) -> tuple[Any, ...]:
+        """The arguments of :meth:`batch_loss` for a micro-batch."""
+        return (batch,)
+
+    def probe(self, batch: Any) -> None:
+        """A forward pass of the first sample of a micro-batch, for those who watch the layers."""
         raise NotImplementedError
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._compute(batch)
-        self._losses.append(loss.detach())
-        return loss
+        parts = self._compute(*self.prepared(batch))
+        self._parts.append(parts.detached())
+        return parts.total if self._micro_batches is None else parts.total * self._micro_batches
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.cfg.optimizer, self.network)
@@ -56,11 +91,11 @@ class TrainingModule(L.LightningModule):
         self.code_cache = CodeCache(self.network, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fit what Lightning is about to restore to this run's accumulation and clip rule.
+        """Fit what Lightning is about to restore to this run's accumulation, clip rule and guard.
 
         Lightning closes a step when its count of micro-batches divides by the accumulation, so the count of a run that
         is continued with another ``trainer.micro_batch`` must be put into the new unit. A fork may have another clip
-        rule, which starts without a past.
+        rule or guard, which starts without a past.
         """
         plan = step_plan(self.cfg)
         batches = checkpoint["global_step"] * plan.accumulation
@@ -69,33 +104,74 @@ class TrainingModule(L.LightningModule):
             # Saved at the end of a batch, before Lightning counts it as completed.
             counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
         state = checkpoint["state_dict"]
-        own = {f"clip_rule.{name}": value for name, value in self.clip_rule.state_dict().items()}
-        saved = {name: value.shape for name, value in state.items() if name.startswith("clip_rule.")}
-        if saved != {name: value.shape for name, value in own.items()}:
-            for name in saved:
-                del state[name]
-            state |= own
+        for part, module in (("clip_rule", self.clip_rule), ("guard", self.guard)):
+            own = {f"{part}.{name}": value for name, value in module.state_dict().items()} if module is not None else {}
+            saved = {name: value.shape for name, value in state.items() if name.startswith(f"{part}.")}
+            if saved != {name: value.shape for name, value in own.items()}:
+                for name in saved:
+                    del state[name]
+                state |= own
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Called once per optimizer step, after accumulation: rates for this step, then the clip rule."""
-        set_step_rates(getattr(optimizer, "optimizer", optimizer), self.cfg, self.global_step)
-        self.clip_result = self.clip_rule.clip(self.network.parameters())
-        self.step_loss = torch.stack(self._losses).mean()
-        self._losses = []
+        """Called once per optimizer step, after accumulation: rates for this step, regulariser, clip rule, guard."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        set_step_rates(optimizer, self.cfg, self.global_step)
+        penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
+        loss = self.step_loss = torch.stack([parts.cross_entropy for parts in self._parts]).mean()
+        self.clip_result = clip_gradients(self.network, self.clip_rule, self.guard, optimizer, loss, self.global_step)
+        self.step_parts = self._other_parts(penalty)
+        self._parts = []
+
+    def _other_parts(self, penalty: Tensor | None) -> dict[str, Tensor]:
+        """The step's total and its parts beside the cross-entropy, with their weights; nothing when there are none."""
+        found = {
+            "loss/z": [parts.z for parts in self._parts if parts.z is not None],
+            "loss/distillation": [parts.distillation for parts in self._parts if parts.distillation is not None],
+        }
+        means = {name: torch.stack(values).mean() for name, values in found.items() if values}
+        if penalty is not None:
+            means["loss/regulariser"] = penalty
+        if not means and self._micro_batches is None:
+            return {}
+        totals = torch.stack([parts.total for parts in self._parts])
+        total = totals.mean() if self._micro_batches is None else totals.sum()
+        return {"loss/total": total if penalty is None else total + penalty, **means}
 
 
 class PretrainingModule(TrainingModule):
-    """Next-token training of a decoder."""
+    """Next-token training of a decoder. A ``teacher`` is used and not owned."""
 
-    def __init__(self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool) -> None:
-        super().__init__(cfg, compiled)
-        self.decoder = decoder
+    NETWORK = "decoder"
+    decoder: Decoder
+
+    def __init__(
+        self, cfg: RunConfig, decoder: Decoder, bos_id: int, compiled: bool, teacher: Teacher | None = None
+    ) -> None:
+        super().__init__(cfg, decoder, compiled)
         self.bos_id = bos_id if cfg.text.attend_within_documents else None
-        self.loss = build_loss(cfg.loss)
+        self.loss = build_loss(cfg.loss, cfg.decoder)
+        self.teacher = teacher
+        self._teach = (
+            torch.compile(teacher.__call__) if compiled and teacher is not None and teacher.compilable else teacher
+        )
 
-    @property
-    def network(self) -> Decoder:
-        return self.decoder
+    def prepared(self, batch: Tensor) -> tuple[Tensor, Taught | None]:
+        return batch, None if self._teach is None else self._teach(inputs_and_targets(batch)[0], self.bos_id)
 
-    def _batch_loss(self, ids: Tensor) -> Tensor:
-        return next_token_loss(self.decoder, self.loss, ids, self.bos_id)
+    def batch_loss(self, ids: Tensor, taught: Taught | None = None) -> LossParts:
+        """The loss of a micro-batch ids (batch, tokens + 1) and its parts, not compiled."""
+        return next_token_loss(self.decoder, self.loss, ids, self.bos_id, taught)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Final states (batch, tokens, hidden) of a micro-batch, as :func:`next_token_loss` takes it."""
+        inputs, _ = inputs_and_targets(ids)
+        documents = None if self.bos_id is None else document_numbers(inputs, self.bos_id)
+        return self.decoder.hidden_states(inputs, documents)
+
+    def probe(self, batch: Tensor) -> None:
+        self(batch[:1])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The teacher's weights are not saved; which one it is tells a continued run that it has the same."""
+        if self.teacher is not None:
+            checkpoint[TEACHER] = self.teacher.identity

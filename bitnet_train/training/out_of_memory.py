@@ -6,8 +6,7 @@ No torch here: the command line asks about errors of every command.
 import errno
 from collections.abc import Iterator
 
-from bitnet_train.planning.fitting import divisors
-from bitnet_train.training.config import BatchPlan
+from bitnet_train.training.batch_warmup import BatchPlan
 
 # What PyTorch's CPU allocator, the CUDA libraries (which allocate on their own) and compilers say in a RuntimeError.
 PHRASES = (
@@ -51,9 +50,12 @@ def training_advice(plan: BatchPlan, sequence_length: int, step: int, saved: str
     anew = f"start a new run with {shorter}a smaller model (model.layers, model.hidden, model.ffn)"
     if not learning:
         return f"Out of memory while validating or sampling after step {step}: {anew}; {there}."
-    at = f"Out of memory in step {step} with {plan.micro_batch} x {sequence_length} tokens at once"
+    at_once = plan.sequences_at(step - 1) // plan.accumulation
+    at = f"Out of memory in step {step} with {at_once} x {sequence_length} tokens at once"
     if plan.micro_batch == 1:
         return f"{at}, a single sequence: {anew}; {there}."
-    half = max(n for n in divisors(plan.batch_sequences) if n <= plan.micro_batch // 2)
+    half = max((n for n in plan.micro_batches() if n <= plan.micro_batch // 2), default=None)
+    if half is None:
+        return f"{at}, which trainer.batch_warmup lets no smaller trainer.micro_batch cut: {anew}; {there}."
     less = f"set trainer.micro_batch={half} or trainer.micro_batch=auto, which changes nothing but rounding"
     return f"{at}: {less}, and if that is not enough {anew}; {there}."

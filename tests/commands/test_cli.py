@@ -62,14 +62,15 @@ MISTAKES = [
     (["+recipe=tiny", "trainer.micro_batch=3"], ["trainer.micro_batch=3"]),
     (["+recipe=tiny", "trainer.precision=fp8"], ["trainer.precision=fp8", "bf16-mixed"]),
     (["+recipe=tiny", "trainer.compile=maybe"], ["trainer.compile=maybe"]),
-    (["+recipe=tiny", "quant=terary"], ["choose one of binary, none, ternary.", "mean 'ternary'"]),
+    (["+recipe=tiny", "quant=terary"], ["choose one of binary, bitnet_a4_8", "mean 'ternary'"]),
     (["+recipe=tiny", "quant.weight.scheme=trinary"], ["quant.weight.scheme=trinary", "mean 'ternary'"]),
     (["+recipe=tiny", "quant.weight.groups=7"], ["quant.weight.groups=7 does not divide"]),
-    (["+recipe=tiny", "quant.activation.bits=4"], ["quant.activation.bits is 4"]),
+    (["+recipe=tiny", "quant.activation.bits=9"], ["quant.activation.bits is 9"]),
     (["+recipe=tiny", 'quant.overrides=[{pattern:"nothing*",scheme:float}]'], ["'nothing*' matches no linear layer"]),
     (["+recipe=tiny", 'quant.overrides=[{patern:"*",scheme:float}]'], ["quant.overrides", "mean 'pattern'"]),
     (["+recipe=tiny", "schedule=cosin"], ["schedule=cosin does not exist", "mean 'cosine'"]),
-    (["+recipe=tiny", "schedule=cosine", "schedule.decay=0.1"], ["schedule=cosine has warmup, final", "schedule=wsd"]),
+    (["+recipe=tiny", "schedule=cosine", "schedule.decay=0.1"],
+     ["schedule=cosine has warmup, warmup_start, warmup_shape, final", "schedule=inverse_sqrt and wsd"]),
     (["+recipe=tiny", "schedule.name=cosine"], ["write schedule=cosine"]),
     (["+recipe=tiny", "optimizer.name=sgd"], ["write optimizer=sgd"]),
     (["+recipe=tiny", "schedule.warmup=900"], ["schedule.warmup=900", "trainer.max_steps=800"]),
@@ -236,7 +237,8 @@ def test_another_choice_leaves_out_only_what_it_cannot_hold(run: Run, tmp_path: 
         return plain
 
     assert composed("+recipe=2b4t", "schedule=wsd")["schedule"] == {
-        "name": "wsd", "warmup": 2000.0, "decay": 0.2, "shape": "linear", "final": 0.0,
+        "name": "wsd", "warmup": 2000.0, "warmup_start": 0.0, "warmup_shape": "linear",
+        "decay": 0.2, "shape": "linear", "final": 0.0,
     }  # fmt: skip
     assert composed("+recipe=2b4t", "clip=percentile")["clip"]["name"] == "percentile"
     # The same between recipes: a child that chooses another schedule than its parents.
@@ -280,7 +282,8 @@ def test_help_is_short_and_lists_the_choices(run: Run, arguments: list[str]) -> 
     lines = out.splitlines()
     assert len(lines) <= 66
     assert max(map(len, lines)) <= 110
-    assert "  schedule               constant, cosine, linear, two_stage, wsd" in lines
+    schedules = "constant, cosine, exponential, inverse_sqrt, linear, polynomial, two_stage, wsd"
+    assert f" schedule {schedules} " in " ".join(out.split())
     assert "hydra/" not in out
     for command in ("train", "prepare", "estimate", "export", "verify", "evaluate", "generate"):
         assert f"  {command} " in out

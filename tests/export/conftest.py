@@ -41,6 +41,11 @@ KINDS: dict[str, tuple[dict[str, Any], QuantSpec]] = {
     "gqa untied": ({"kv_heads": 2, "tie_embeddings": False}, QuantSpec()),
     "llama": (LLAMA, QuantSpec()),
     "llama relu2 untied": ({"norms": Norms.pre, "tie_embeddings": False}, QuantSpec()),
+    "qwen2": ({**LLAMA, "attention_bias": True}, QuantSpec()),
+    "qwen3": ({**LLAMA, "qk_norm": True, "head_width": 32}, QuantSpec()),
+    "qwen2 floats": ({**LLAMA, "attention_bias": True}, QuantSpec(FLOAT)),
+    "long heads": ({**LLAMA, "head_width": 24}, QuantSpec()),
+    "all parts": ({"attention_bias": True, "qk_norm": True, "head_width": 32}, QuantSpec(LayerQuant(groups=4))),
     "binary": ({}, QuantSpec(LayerQuant("binary"))),
     "mixed": (
         {"kv_heads": 1},
@@ -151,6 +156,8 @@ def save_checkpoint(path: Path, cfg: DecoderConfig, spec: QuantSpec, step: int =
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        elif name.endswith("bias"):
+            parameter.data.normal_(generator=generator)
     state = {f"decoder.{name}": tensor for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": state, "global_step": step, "epoch": 0, **more}, path)

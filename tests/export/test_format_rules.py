@@ -6,7 +6,7 @@ import pytest
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.export import rules
-from bitnet_train.export.config import EmbeddingType, ExportConfig
+from bitnet_train.export.config import EmbeddingType, ExportConfig, LinearClass
 from bitnet_train.export.rules import FORMAT_RULES, PACKAGES, check_formats, fitting_formats, missing_packages
 from bitnet_train.export.writers import FORMATS
 from bitnet_train.nn.config import Activation, Norms
@@ -44,6 +44,11 @@ HOLDERS = {
     "gqa untied": {"hf-packed", "hf-master"},
     "llama": {"hf-packed", "hf-master"},
     "llama relu2 untied": {"hf-packed", "hf-master"},
+    "qwen2": {"hf-packed", "hf-master"},
+    "qwen3": {"hf-packed", "hf-master"},
+    "qwen2 floats": set(),
+    "long heads": {"hf-packed", "hf-master"},
+    "all parts": set(),
     "binary": {"hf-packed"},
     "mixed": {"hf-packed"},
     "some float": {"hf-packed", "hf-master"},
@@ -74,7 +79,8 @@ def test_every_format_has_a_rule_a_writer_and_its_packages() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_holds_which_kind(kind: str) -> None:
     holders = {name for name in FORMAT_RULES if kind in held_by(name)}
-    assert holders == HOLDERS[kind] | {"hf-dense", "packed"}
+    # No architecture of transformers has all parts at once.
+    assert holders == HOLDERS[kind] | ({"packed"} if kind == "all parts" else {"hf-dense", "packed"})
 
 
 def test_four_rows_to_a_byte() -> None:
@@ -115,7 +121,7 @@ def test_master_weights_are_ternarised_at_half_the_scale(layer: LayerQuant, word
 
 
 @pytest.mark.parametrize("format_name", MAIN_LINE)
-@pytest.mark.parametrize("norms", list(Norms))
+@pytest.mark.parametrize("norms", [Norms.pre_sub, Norms.pre])
 def test_the_main_line_computes_silu(format_name: str, norms: Norms) -> None:
     shape = {**WIDE, "activation": Activation.relu2, "norms": norms}
     assert obstacle(format_name, **shape) == (
@@ -167,7 +173,37 @@ def test_an_embedding_of_whole_blocks(format_name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_formats_hold_everything(kind: str, format_name: str) -> None:
     fields, spec = KINDS[kind]
-    assert not obstacle(format_name, spec, **fields)
+    if (kind, format_name) != ("all parts", "hf-dense"):
+        assert not obstacle(format_name, spec, **fields)
+
+
+PRE: dict[str, Any] = {**WIDE, "norms": Norms.pre}
+
+
+@pytest.mark.parametrize("format_name", HF)
+def test_parts_that_no_architecture_of_transformers_has_together(format_name: str) -> None:
+    for part, value in (("attention_bias", True), ("qk_norm", True), ("head_width", 32)):
+        expected = f"its BitNet architecture has sub-norms and not model.{part}={value} as well"
+        assert obstacle(format_name, **{**WIDE, part: value}) == expected
+        assert not obstacle(format_name, **{**PRE, part: value})
+    both = obstacle(format_name, **PRE, attention_bias=True, qk_norm=True)
+    assert both == "its llama has model.attention_bias, its Qwen3 model.qk_norm, and none has both"
+
+
+def test_autobitlinear_scales_biases() -> None:
+    export = ExportConfig(linear_class=LinearClass.autobitlinear)
+    assert "multiplies biases by the weight's scale" in obstacle("hf-packed", export=export, **PRE, attention_bias=True)
+    assert not obstacle("hf-packed", export=export, **PRE)
+    assert not obstacle(
+        "hf-packed", export=ExportConfig(linear_class=LinearClass.bitlinear), **PRE, attention_bias=True
+    )
+
+
+@pytest.mark.parametrize("format_name", GGUF)
+@pytest.mark.parametrize(("part", "value"), [("attention_bias", True), ("qk_norm", True), ("head_width", 32)])
+def test_gguf_files_are_written_without_qwens_parts(format_name: str, part: str, value: object) -> None:
+    expected = f"its architectures llama and bitnet are written without it (model.{part}={value})"
+    assert obstacle(format_name, **{**PRE, part: value}) == expected
 
 
 def test_a_named_format_that_cannot_hold_the_model_names_those_that_can() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from bitnet_train.kernels.backend import BACKENDS, Backend, WeightCodes
 from bitnet_train.kernels.op import bit_linear, shared_bit_linear
 from bitnet_train.quant.activations import quantise_tokens
-from bitnet_train.quant.spec import GradientPolicy, LayerQuant
+from bitnet_train.quant.spec import GradientPolicy, InputQuant, LayerQuant
 from bitnet_train.quant.weights import quantise_weight
 from tests.operands import EPS, ODD_SHAPES, random_input
 
@@ -42,7 +42,7 @@ def test_gradients_are_autograds_through_the_textbook_formula(
     grad = torch.randn(m, n)
     codes = quantise_weight(mine[1], layer)
     y = bit_linear(mine[0], codes.codes, codes.row_scale(), mine[1], norm_weight=mine[2] if normed else None,
-                   norm_eps=EPS, activation_bits=layer.activation_bits, backend=backend)  # fmt: skip
+                   norm_eps=EPS, inputs=layer.inputs, backend=backend)  # fmt: skip
     expected = textbook(theirs[0], theirs[1], layer, theirs[2] if normed else None)
     if not normed:  # a norm in float64 may round to another code
         assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
@@ -71,7 +71,7 @@ def test_bf16_gradients_are_within_bf16_rounding(backend: Backend, normed: bool,
     grad = torch.randn(40, 64)
     with torch.autocast("cpu", torch.bfloat16):
         y = bit_linear(mine[0], codes.codes, codes.row_scale(), mine[1], norm_weight=mine[2] if normed else None,
-                       norm_eps=EPS, activation_bits=bits, backend=backend,
+                       norm_eps=EPS, inputs=InputQuant(bits), backend=backend,
                        gradient=GradientPolicy("bf16", "bf16"))  # fmt: skip
     assert y.dtype is torch.bfloat16
     y.backward(grad.bfloat16())
@@ -121,7 +121,7 @@ def test_only_what_learns_gets_a_gradient_and_it_is_the_same(backend: Backend, b
             name: t.clone().requires_grad_(name in wanted) for name, t in zip("xwn", (x, weight, norm), strict=True)
         }
         y = bit_linear(leaves["x"], codes.codes, codes.row_scale(), leaves["w"], norm_weight=leaves["n"],
-                       norm_eps=EPS, activation_bits=bits, backend=backend)  # fmt: skip
+                       norm_eps=EPS, inputs=InputQuant(bits), backend=backend)  # fmt: skip
         assert y.requires_grad is bool(wanted)
         if wanted:
             y.backward(grad)
@@ -242,7 +242,7 @@ def test_the_residual_is_added_and_its_gradient_passes(backend: Backend, bits: i
         summed = leaves[0] if fused else leaves[0] + leaves[1].float()
         (y,), stream = shared_bit_linear(
             summed, leaves[1] if fused else None, weights, [leaves[3]], norm_weight=leaves[2], norm_eps=EPS,
-            activation_bits=bits, backend=backend, gradient=GradientPolicy("bf16", "bf16"),
+            inputs=InputQuant(bits), backend=backend, gradient=GradientPolicy("bf16", "bf16"),
         )  # fmt: skip
         return y, stream, *torch.autograd.grad([y, stream], leaves, [grad, grad_stream])
 
@@ -280,7 +280,7 @@ def test_a_gated_input_is_the_gate_before_the_op(
             (y,), _ = shared_bit_linear(
                 leaves[0] if fused else inner * leaves[0], None, WeightCodes(codes.codes, codes.row_scale()),
                 [leaves[2]], gate=leaves[1] if fused else None, activation=activation if fused else "",
-                norm_weight=leaves[3] if normed else None, norm_eps=EPS, activation_bits=bits, backend=backend,
+                norm_weight=leaves[3] if normed else None, norm_eps=EPS, inputs=InputQuant(bits), backend=backend,
                 out_dtype=torch.float32, gradient=GradientPolicy("auto", "auto"),
             )  # fmt: skip
         learning = leaves if normed else leaves[:3]

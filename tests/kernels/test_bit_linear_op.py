@@ -11,7 +11,7 @@ from bitnet_train.kernels.op import bit_linear, compute_dtype
 from bitnet_train.nn.bit_linear import shared_input_forward
 from bitnet_train.nn.norm import RMSNorm
 from bitnet_train.quant.activations import TokenCodes, quantise_tokens, rms_norm
-from bitnet_train.quant.spec import LayerQuant
+from bitnet_train.quant.spec import InputQuant, LayerQuant
 from bitnet_train.quant.weights import Codes, quantise_weight
 from tests.operands import EPS, ODD_SHAPES, random_input
 
@@ -76,10 +76,10 @@ def test_any_number_of_leading_dimensions(backend: Backend, leading: tuple[int, 
     x, weight = torch.randn(*leading, 12, requires_grad=True), torch.randn(7, 12, requires_grad=True)
     codes = quantise_weight(weight, LayerQuant())
     for bits in (8, None):
-        y = bit_linear(x, codes.codes, codes.row_scale(), weight, activation_bits=bits, backend=backend)
+        y = bit_linear(x, codes.codes, codes.row_scale(), weight, inputs=InputQuant(bits), backend=backend)
         assert y.shape == (*leading, 7)
         flat = bit_linear(
-            x.reshape(-1, 12), codes.codes, codes.row_scale(), weight, activation_bits=bits, backend=backend
+            x.reshape(-1, 12), codes.codes, codes.row_scale(), weight, inputs=InputQuant(bits), backend=backend
         )
         assert torch.equal(y.reshape(-1, 7), flat)
         grad_x, grad_w = torch.autograd.grad(y.sum(), (x, weight))
@@ -224,7 +224,7 @@ def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
 def test_float_inputs_meet_the_dequantised_weights(backend: Backend, dtype: torch.dtype, layer: LayerQuant) -> None:
     x, weight = random_input(10, 33, dtype=dtype), torch.randn(6, 33)
     codes = quantise_weight(weight, layer)
-    y = bit_linear(x, codes.codes, codes.row_scale(), weight, activation_bits=None, backend=backend)
+    y = bit_linear(x, codes.codes, codes.row_scale(), weight, inputs=InputQuant(None), backend=backend)
     expected = F.linear(x.float(), codes.dequantise())
     assert y.dtype is dtype
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
@@ -255,9 +255,9 @@ def test_the_bias_is_added_before_rounding_and_learns(backend: Backend) -> None:
     x, weight, bias = torch.randn(6, 8), torch.randn(5, 8), torch.randn(5, requires_grad=True)
     codes = quantise_weight(weight, LayerQuant())
     for bits in (8, None):
-        y = bit_linear(x, codes.codes, codes.row_scale(), None, bias=bias, activation_bits=bits,
+        y = bit_linear(x, codes.codes, codes.row_scale(), None, bias=bias, inputs=InputQuant(bits),
                        out_dtype=torch.bfloat16, backend=backend)  # fmt: skip
-        bare = bit_linear(x, codes.codes, codes.row_scale(), None, activation_bits=bits, out_dtype=torch.float32,
+        bare = bit_linear(x, codes.codes, codes.row_scale(), None, inputs=InputQuant(bits), out_dtype=torch.float32,
                           backend=backend)  # fmt: skip
         if bits == 8:
             assert torch.equal(y, (bare + bias).bfloat16())

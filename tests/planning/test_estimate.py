@@ -22,7 +22,7 @@ from bitnet_train.planning.sizes import ENTRY_BYTES, checkpoint_bytes, export_si
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
 from bitnet_train.training.losses.cross_entropy import linear_cross_entropy
 from bitnet_train.training.optimizers.build import build_optimizer
-from bitnet_train.training.optimizers.config import AdamWConfig
+from bitnet_train.training.optimizers.config import AdamWConfig, MuonConfig, OptimizerConfig
 from tests.composing import compose_config
 
 SMALL = DecoderConfig(hidden=64, layers=2, heads=4, kv_heads=2, ffn=160, context=64, vocab=300)
@@ -84,14 +84,25 @@ def test_activation_memory_is_what_autograd_saves(name: str, spec: str, bf16: bo
         assert saved_bytes(cfg, SPECS[spec], bf16) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_weights_and_states(spec: str) -> None:
+@pytest.mark.parametrize("parts", [{"attention_bias": True}, {"qk_norm": True}, {"qk_norm": True, "head_width": 32}])
+def test_qwens_parts_are_in_the_activation_memory(parts: dict[str, object], spec: str, bf16: bool) -> None:
+    cfg = family("llama", **parts)
+    memory = training_memory(cfg, SPECS[spec], BATCH, LENGTH, "bf16-mixed" if bf16 else "32-true")
+    expected = sum(memory.activations.values()) + memory.compute_copies - memory.activations["loss chunk"]
+    assert saved_bytes(cfg, SPECS[spec], bf16) == pytest.approx(expected, rel=0.015)
+
+
+@pytest.mark.parametrize("rule", [AdamWConfig(), MuonConfig()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("spec", SPECS)
+def test_weights_and_states(spec: str, rule: OptimizerConfig) -> None:
     model = Decoder(SMALL, SPECS[spec])
-    optimizer = build_optimizer(AdamWConfig(), model)
+    optimizer = build_optimizer(rule, model)
     CodeCache(model, optimizer)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
-    memory = training_memory(SMALL, SPECS[spec], BATCH, LENGTH, "32-true")
+    memory = training_memory(SMALL, SPECS[spec], BATCH, LENGTH, "32-true", rule)
     total = sum(p.numel() for p in model.parameters())
     assert memory.master_weights == memory.gradients == 4 * total
     states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
@@ -99,7 +110,9 @@ def test_weights_and_states(spec: str) -> None:
     named = {name: buffer for name, buffer in model.named_buffers() if name.endswith(("codes", "row_scale"))}
     buffers = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in named.values()}
     assert memory.code_buffers == sum(buffers.values())
-    assert memory.total == 16 * total + memory.code_buffers + sum(memory.activations.values())
+    linear = sum(p.size for p in parameter_table(SMALL) if p.role is Role.linear)
+    per_parameter = 16 * total - (4 * linear if isinstance(rule, MuonConfig) else 0)
+    assert memory.total == per_parameter + memory.code_buffers + sum(memory.activations.values())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -113,17 +126,18 @@ def test_counts_are_the_audits(spec: str, tied: bool) -> None:
     assert (counts.head == 0) is tied
 
 
-def test_checkpoint_size() -> None:
+@pytest.mark.parametrize("rule", [AdamWConfig(), MuonConfig()], ids=lambda rule: rule.name)
+def test_checkpoint_size(rule: OptimizerConfig) -> None:
     # A real last.ckpt of the tiny recipe, weights and AdamW's state.
     assert checkpoint_bytes(compose_config("+recipe=tiny").model) == pytest.approx(53_612_751, rel=1e-3)
     model = Decoder(SMALL, QuantSpec())
-    optimizer = build_optimizer(AdamWConfig(), model)
+    optimizer = build_optimizer(rule, model)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
     stream = io.BytesIO()
     torch.save({"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, stream)
     entries = 4 * len(list(model.parameters()))
-    assert abs(len(stream.getvalue()) - checkpoint_bytes(SMALL)) < ENTRY_BYTES * entries
+    assert abs(len(stream.getvalue()) - checkpoint_bytes(SMALL, rule)) < ENTRY_BYTES * entries
 
 
 def test_export_sizes_count_codes_and_scales() -> None:

@@ -92,7 +92,7 @@ def test_a_float_default_can_have_quantised_exceptions() -> None:
         ({"scheme": Binary, "threshold": 0.7}, 8, "only acts on ternary"),
         ({"scheme": Float, "groups": 2}, None, "no effect on float"),
         ({"scheme": Float}, 8, "with float weights"),
-        ({}, 4, "activation.bits is 4"),
+        ({}, 9, "activation.bits is 9"),
         ({}, 0, "activation.bits is 0"),
     ],
 )
@@ -108,8 +108,8 @@ def test_a_float_override_with_quantiser_settings_is_refused(fields: dict[str, o
 
 
 def test_an_override_with_a_bad_number_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"activation\.bits is 4"):
-        spec(OverrideConfig("a", activation_bits=4))
+    with pytest.raises(ConfigError, match=r"activation\.bits is 9"):
+        spec(OverrideConfig("a", activation_bits=9))
     with pytest.raises(ConfigError, match="groups is 0"):
         spec(OverrideConfig("a", groups=0))
 

@@ -15,6 +15,16 @@ from tests.training.conftest import Workspace
     [
         pytest.param(("clip=percentile", "clip.min_history=3"), id="dynamic-clip"),
         pytest.param(("trainer.micro_batch=2", "data.workers=2"), id="accumulation-and-workers"),
+        pytest.param(
+            (
+                "optimizer=muon",
+                "optimizer.layer_lr_decay=0.8",
+                "trainer.batch_warmup=[{until:10,tokens:64},{until:50,tokens:128}]",
+                "trainer.micro_batch=4",
+                "data.workers=1",
+            ),
+            id="muon-and-batch-warm-up",
+        ),
         # Two threads of compiled code: without deterministic mode they add the embedding's gradients in any order.
         pytest.param(("trainer.compile=true", "trainer.micro_batch=4"), id="compiled-two-threads"),
     ],

@@ -8,11 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.schedules.checks import check_schedule
 from bitnet_train.training.schedules.config import (
     SCHEDULE_CONFIGS,
     ConstantSchedule,
     CosineSchedule,
+    ExponentialSchedule,
+    InverseSqrtSchedule,
     LinearSchedule,
+    PolynomialSchedule,
     ScheduleConfig,
     Shape,
     StageConfig,
@@ -20,9 +24,9 @@ from bitnet_train.training.schedules.config import (
     WsdSchedule,
 )
 from bitnet_train.training.schedules.factors import (
+    POSITIVE,
     SCHEDULES,
     as_steps,
-    check_schedule,
     glide,
     learning_rate,
     schedule_factors,
@@ -41,6 +45,13 @@ EVERY = [
     CosineSchedule(warmup=10, final=0.2),
     WsdSchedule(warmup=10, decay=40, final=0.1),
     WsdSchedule(warmup=10, decay=0.2, shape=Shape.cosine),
+    WsdSchedule(warmup=10, decay=0.2, shape=Shape.one_minus_sqrt),
+    WsdSchedule(warmup=10, decay=0.2, shape=Shape.exponential, final=0.1),
+    WsdSchedule(warmup=10, decay=0.2, shape=Shape.inverse, final=0.2),
+    PolynomialSchedule(warmup=10, power=2.0, final=0.05),
+    ExponentialSchedule(warmup=10, final=0.05),
+    InverseSqrtSchedule(warmup=10),
+    InverseSqrtSchedule(warmup=10, timescale=30, decay=0.2, shape=Shape.inverse_sqrt, final=0.1),
     TwoStageSchedule(warmup=10, stages=STAGES),
 ]
 
@@ -150,12 +161,15 @@ def test_a_pure_function_of_the_step(cfg: ScheduleConfig) -> None:
 
 @pytest.mark.parametrize("cfg", EVERY, ids=lambda cfg: cfg.name)
 def test_neighbouring_steps_are_close_except_at_a_border(cfg: ScheduleConfig) -> None:
-    jumps = [step for step, (a, b) in enumerate(pairwise(curve(cfg))) if abs(a - b) > 0.11]
+    # 1 - sqrt falls steeply in the first step of its 40: by 0.158.
+    jumps = [step for step, (a, b) in enumerate(pairwise(curve(cfg))) if abs(a - b) > 0.16]
     assert jumps == ([49] if isinstance(cfg, TwoStageSchedule) else [])
 
 
 @given(st.sampled_from(list(Shape)), st.floats(0, 2), st.floats(0, 2), st.floats(-1, 2))
 def test_glide_stays_between_its_ends(shape: Shape, start: float, end: float, progress: float) -> None:
+    if shape in POSITIVE:
+        start, end = start + 0.01, end + 0.01
     value = glide(shape, start, end, progress)
     assert min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12
     assert glide(shape, start, end, 0.0) == pytest.approx(start)
@@ -189,7 +203,7 @@ def test_shares_and_steps() -> None:
         (TwoStageSchedule(), "stages is empty"),
         (TwoStageSchedule(stages=[StageConfig(share=0.6), StageConfig(share=0.6)]), "add up to 1.2"),
         (TwoStageSchedule(stages=[StageConfig(share=1.5), StageConfig(share=-0.5)]), "share must be positive"),
-        (TwoStageSchedule(warmup=60, stages=STAGES), "longer than the first stage"),
+        (TwoStageSchedule(warmup=60, stages=STAGES), "shorter than the first stage"),
         (TwoStageSchedule(stages=[StageConfig(share=1.0, shape=Shape.constant, final=0.5)]), "has no effect"),
         (TwoStageSchedule(stages=[StageConfig(share=1.0, weight_decay_final=0.5)]), "has no effect"),
     ],

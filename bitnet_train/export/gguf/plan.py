@@ -9,6 +9,7 @@ from typing import Any
 
 from bitnet_train.export.config import ExportConfig, ExportDtype
 from bitnet_train.export.gguf.blocks import BLOCK, I2_S_BLOCK, I2_S_TAIL, Q6_K_BYTES, TQ1_0_BYTES, TQ2_0_BYTES
+from bitnet_train.export.limits import foreign_family, foreign_inputs, wide_codes
 from bitnet_train.export.sizes import ExportSize
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms
 from bitnet_train.nn.layout import ParameterInfo, Role, parameter_table, quantised_layers
@@ -178,7 +179,12 @@ def gguf_obstacle(cfg: DecoderConfig, spec: QuantSpec, container: Container, exp
     layers = quantised_layers(cfg, spec)
     if not layers:
         return "no layer is quantised"
+    if found := foreign_family(cfg) or wide_codes(cfg, spec):
+        return found
     main_line = container is not Container.i2_s
+    for key, default in (("attention_bias", False), ("qk_norm", False), ("head_width", None)):
+        if getattr(cfg, key) != default:
+            return f"its architectures llama and bitnet are written without it (model.{key}={getattr(cfg, key)})"
     if main_line and cfg.activation is Activation.relu2:
         return "llama.cpp's main line computes SiLU in the FFN, whatever the file says (model.activation=relu2)"
     if cfg.norms is Norms.pre and cfg.activation is Activation.relu2:
@@ -191,8 +197,10 @@ def gguf_obstacle(cfg: DecoderConfig, spec: QuantSpec, container: Container, exp
         rows, columns = shapes[name]
         if columns % multiple:
             return f"its rows are whole blocks of {multiple} weights, and those of {name} have {columns}"
-        if layer.activation_bits != 8:
+        if layer.activation_bits is None:
             return f"its consumer quantises activations, and the inputs of {name} are floats (quant.activation.bits)"
+        if found := foreign_inputs(name, layer):
+            return found
         groups = layer.group_count(rows)
         if not main_line and groups != 1:
             return f"it holds one scale per tensor, and {name} has {groups} (quant.weight.groups)"

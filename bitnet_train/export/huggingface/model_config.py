@@ -16,13 +16,40 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
+ARCHITECTURES = {
+    "bitnet": "BitNetForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {"mlp_bias": False, "pretraining_tp": 1},
+    "qwen3": {"use_sliding_window": False},
+}
+
+
+def model_type(cfg: DecoderConfig) -> str:
+    """What transformers calls a model of this kind.
+
+    One with biases is a llama whose o_proj has a bias as well, of zeros: transformers would give a qwen2 the tokenizer
+    of Qwen2 whatever the folder holds.
+    """
+    if cfg.norms is Norms.pre_sub:
+        return "bitnet"
+    return "qwen3" if cfg.qk_norm else "llama"
+
+
+def zero_biases(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name in transformers -> shape of the biases that its llama has and our decoder has not: o_proj's, zeros."""
+    layers = range(cfg.layers) if cfg.attention_bias and cfg.norms is Norms.pre else ()
+    return {f"model.layers.{layer}.self_attn.o_proj.bias": (cfg.hidden,) for layer in layers}
+
+
 def model_config(cfg: DecoderConfig, spec: QuantSpec, bos_id: int, eos_id: int, variant: Variant) -> dict[str, Any]:
     """config.json, every field that the architecture reads."""
-    dtype = variant.dtype
-    llama = cfg.norms is Norms.pre
+    dtype, family = variant.dtype, model_type(cfg)
     return {
-        "architectures": ["LlamaForCausalLM" if llama else "BitNetForCausalLM"],
-        "model_type": "llama" if llama else "bitnet",
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
         "vocab_size": cfg.vocab,
         "hidden_size": cfg.hidden,
         "intermediate_size": cfg.ffn,
@@ -40,9 +67,9 @@ def model_config(cfg: DecoderConfig, spec: QuantSpec, bos_id: int, eos_id: int, 
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "pad_token_id": eos_id,
-        "attention_bias": False,
+        "attention_bias": cfg.attention_bias,
         "attention_dropout": 0.0,
-        **({"mlp_bias": False, "pretraining_tp": 1} if llama else {}),
+        **FAMILY_FIELDS.get(family, {}),
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": dtype.value,

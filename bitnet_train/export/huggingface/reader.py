@@ -21,9 +21,10 @@ from bitnet_train.data.tokenizer import TextTokenizer, read_chat_template
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.folder import panics_as_errors, read_json, shown, unreadable
-from bitnet_train.export.huggingface.model_config import hf_name
+from bitnet_train.export.huggingface.model_config import hf_name, zero_biases
 from bitnet_train.export.huggingface.variant import Storage, Variant
 from bitnet_train.export.huggingface.writer import WEIGHTS, direct_scale, tensor_infos
+from bitnet_train.export.tensor_file import TensorInfo
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.decoder import Decoder
@@ -37,7 +38,7 @@ TOKENIZER_BYTES = 256 << 20
 LARGEST_INTEGER = 1 << 1000
 # More modules than any model lists; each is compared with each layer.
 MOST_SKIPPED = 10_000
-FAMILIES = {"bitnet": Norms.pre_sub, "llama": Norms.pre}
+FAMILIES = {"bitnet": Norms.pre_sub, "llama": Norms.pre, "qwen2": Norms.pre, "qwen3": Norms.pre}
 FLOAT_TYPES = {"F32", "BF16", "F16"}
 
 
@@ -109,8 +110,11 @@ def _decoder_config(config: dict[str, Any], folder: Path) -> tuple[DecoderConfig
         known = " and ".join(a.value for a in Activation)
         raise ConfigError(f"{path}: hidden_act is {short_repr(activation)}; only {known} are read here.")
     variant, spec = _quantisation(config, path)
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ConfigError(f"{path}: the model has biases, which are not read here.")
+    kinds = config.get("layer_types") or ["full_attention"]
+    if config.get("use_sliding_window") or not isinstance(kinds, list) or {*map(str, kinds)} != {"full_attention"}:
+        raise ConfigError(f"{path}: the model has sliding windows of attention, which are not read here.")
+    if (config.get("attention_bias") and family != "llama") or config.get("mlp_bias"):
+        raise ConfigError(f"{path}: the model has biases on o_proj or in the FFN, which the decoder here lacks.")
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")}
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise ConfigError(f"{path}: only plain rotary positions (rope_type default) are read here.")
@@ -119,6 +123,9 @@ def _decoder_config(config: dict[str, Any], folder: Path) -> tuple[DecoderConfig
         layers=_field(config, "num_hidden_layers", int, path),
         heads=_field(config, "num_attention_heads", int, path),
         kv_heads=_field(config, "num_key_value_heads", int, path),
+        head_width=_head_width(config, path),
+        attention_bias=family == "qwen2" or (family == "llama" and config.get("attention_bias") is True),
+        qk_norm=family == "qwen3",
         ffn=_field(config, "intermediate_size", int, path),
         context=_field(config, "max_position_embeddings", int, path),
         vocab=_field(config, "vocab_size", int, path),
@@ -132,16 +139,24 @@ def _decoder_config(config: dict[str, Any], folder: Path) -> tuple[DecoderConfig
         check_decoder(cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    head_dim = config.get("head_dim")
-    if head_dim not in (None, cfg.head_dim):
+    if cfg.head_width is not None and family == "bitnet":
         raise ConfigError(
-            f"{path}: head_dim is {short_repr(head_dim)}; only hidden_size / num_attention_heads is read here."
+            f"{path}: head_dim is {cfg.head_width}; only hidden_size / num_attention_heads is read here for bitnet."
         )
     if cfg.context > LONGEST_CONTEXT:
         raise ConfigError(
             f"{path}: max_position_embeddings is {cfg.context:,}; {LONGEST_CONTEXT:,} is the most that is read here."
         )
     return cfg, spec, variant
+
+
+def _head_width(config: dict[str, Any], path: Path) -> int | None:
+    """head_dim where it is not hidden_size / num_attention_heads; Qwen3's default is 128."""
+    value = config.get("head_dim", 128 if config.get("model_type") == "qwen3" else None)
+    if value is None:
+        return None
+    width, heads = _field({"head_dim": value}, "head_dim", int, path), _field(config, "num_attention_heads", int, path)
+    return None if width * heads == _field(config, "hidden_size", int, path) else width
 
 
 def _quantisation(config: dict[str, Any], path: Path) -> tuple[Variant, QuantSpec]:
@@ -238,20 +253,34 @@ def _read_tensors(
             packed = quantised_layers(cfg, spec) if variant.storage is Storage.packed else {}
             for name in packed:
                 codes[name] = _read_codes(file, hf_name(name), variant, device)
-            for name in tensor_infos(cfg, spec, variant):
+            for name in _expected(file, cfg, spec, variant):
                 ours = name.removeprefix("model.")
-                if ours.rpartition(".")[0] not in packed:
+                owner, _, part = ours.rpartition(".")
+                if owner not in packed or part == "bias":
                     tensor = file.get(name)
                     if not bool(torch.isfinite(tensor).all()):
                         raise ConfigError(f"{file.path}: {name} holds numbers that are not finite: it is damaged.")
+                    if name in zero_biases(cfg):
+                        if bool(tensor.any()):
+                            raise ConfigError(
+                                f"{file.path}: {name} is not zero, and the decoder here has no such bias."
+                            )
+                        continue
                     tensors[ours] = tensor.to(device, torch.float32)
         except (OSError, SafetensorError) as error:
             raise ConfigError(unreadable(file.path, error)) from None
     return codes, tensors
 
 
+def _expected(file: _Tensors, cfg: DecoderConfig, spec: QuantSpec, variant: Variant) -> dict[str, TensorInfo]:
+    """The tensors that belong in the file; biases of zero, which llama has and Qwen2 has not, all or none."""
+    infos, zeros = tensor_infos(cfg, spec, variant), set(zero_biases(cfg))
+    without = not zeros & set(file.files)
+    return {name: info for name, info in infos.items() if not (without and name in zeros)}
+
+
 def _check_header(file: _Tensors, cfg: DecoderConfig, spec: QuantSpec, variant: Variant) -> None:
-    infos = tensor_infos(cfg, spec, variant)
+    infos = _expected(file, cfg, spec, variant)
     # A tied head that is stored all the same is the embedding once more.
     spare = {"lm_head.weight"} if cfg.tie_embeddings else set()
     for name in sorted(set(infos) ^ (set(file.files) - spare)):

@@ -72,7 +72,7 @@ def verify_huggingface(
     transformers = import_transformers()
     report = VerificationReport(storage.value, str(folder), f"transformers {transformers.__version__}", canonical.step)
     # Compiling the consumer's few elementwise functions would take longer than all checks.
-    with _quiet(transformers), torch.compiler.set_stance("force_eager"), torch.no_grad():
+    with quiet(transformers), torch.compiler.set_stance("force_eager"), torch.no_grad():
         _Checks(report, folder, canonical, tokenizer, held_out, transformers, storage).run()
     report.seconds = time.monotonic() - started
     report.save(folder)
@@ -274,7 +274,7 @@ def _first(names: Any) -> str:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Progress bars and notes (no GPU, slow unpacking) stay out of the output; errors are raised, not logged."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.export.canonical import CanonicalCheckpoint
 from bitnet_train.export.folder import replaced_folder, write_json, write_origin
-from bitnet_train.export.huggingface.model_config import generation_config, hf_name, model_config
+from bitnet_train.export.huggingface.model_config import generation_config, hf_name, model_config, zero_biases
 from bitnet_train.export.huggingface.tokenizer_files import write_tokenizer
 from bitnet_train.export.huggingface.variant import Storage, Variant
 from bitnet_train.export.sizes import ExportSize
@@ -38,7 +38,7 @@ def tensor_infos(cfg: DecoderConfig, spec: QuantSpec, variant: Variant) -> dict[
             infos[f"{hf_name(parameter.name)}_scale"] = TensorInfo(variant.torch_dtype, (1,))
         else:
             infos[hf_name(parameter.name)] = TensorInfo(variant.torch_dtype, parameter.shape)
-    return infos
+    return infos | {name: TensorInfo(variant.torch_dtype, shape) for name, shape in zero_biases(cfg).items()}
 
 
 def export_size(cfg: DecoderConfig, spec: QuantSpec, variant: Variant) -> ExportSize:
@@ -103,6 +103,8 @@ def _write_weights(canonical: CanonicalCheckpoint, path: Path, variant: Variant)
     with TensorFileWriter(path, infos, {}) as file:
         for name in canonical.tensor_names:
             file.write(hf_name(name), canonical.tensor(name).to(dtype))
+        for name, shape in zero_biases(canonical.cfg).items():
+            file.write(name, torch.zeros(shape, dtype=dtype))
         for layer in canonical.quantised:
             name = hf_name(f"{layer}.weight")
             if variant.storage is Storage.master:

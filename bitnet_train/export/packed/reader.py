@@ -18,7 +18,7 @@ from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.config import ExportConfig, ExportDtype, Packing
 from bitnet_train.export.folder import panics_as_errors, read_json, shown, unreadable
 from bitnet_train.export.packed.layout import unpack_codes
-from bitnet_train.export.packed.writer import FORMAT, VERSION, WEIGHTS, packed_infos
+from bitnet_train.export.packed.writer import FORMAT, LATER_FIELDS, VERSION, WEIGHTS, packed_infos
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.config import DecoderConfig, check_decoder, shape_fields
 from bitnet_train.nn.decoder import Decoder
@@ -127,6 +127,8 @@ def read_packed(folder: Path, device: torch.device | str = "cpu") -> PackedModel
 
 def _decoder_config(found: Any, path: Path) -> DecoderConfig:
     names = {field.name for field in shape_fields()}
+    if isinstance(found, dict):
+        found = LATER_FIELDS | found
     if not isinstance(found, dict) or set(found) != names:
         raise ConfigError(f"{path}: model must have exactly the fields {', '.join(sorted(names))}.")
     try:

@@ -13,7 +13,7 @@ from bitnet_train.export.config import ExportDtype
 from bitnet_train.export.held_out import HeldOut
 from bitnet_train.export.own_reader import check_codes, check_text
 from bitnet_train.export.packed.reader import PackedModel, read_packed, read_packed_tokenizer
-from bitnet_train.export.packed.writer import NAME
+from bitnet_train.export.packed.writer import NAME, scheme_of_codes
 from bitnet_train.export.report import VerificationReport
 from bitnet_train.nn.layout import quantised_layers
 
@@ -49,7 +49,7 @@ def _compare(
     held_out: HeldOut,
 ) -> None:
     report.add("config: model", str(model.cfg == canonical.cfg), "equal", model.cfg == canonical.cfg)
-    layers = {name: (q.scheme, q.activation_bits) for name, q in canonical.quantised.items()}
+    layers = {name: (scheme_of_codes(q), q.activation_bits) for name, q in canonical.quantised.items()}
     found = {name: (q.scheme, q.activation_bits) for name, q in quantised_layers(model.cfg, model.spec).items()}
     wrong = [name for name in layers.keys() | found.keys() if layers.get(name) != found.get(name)]
     report.add("config: quantised layers", f"{len(wrong)} differ", "0 differ", not wrong)

@@ -15,11 +15,13 @@ from bitnet_train.export.sizes import ExportSize
 from bitnet_train.export.tensor_file import TensorFileWriter, TensorInfo
 from bitnet_train.nn.config import DecoderConfig, shape_fields
 from bitnet_train.nn.layout import parameter_table, quantised_layers
-from bitnet_train.quant.spec import QuantSpec
+from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
 NAME = "packed"
 WEIGHTS = "model.safetensors"
 FORMAT, VERSION = "bitnet_train-packed", 1
+# Fields of the model that came after the first files: written where they are not what those meant.
+LATER_FIELDS = {"head_width": None, "attention_bias": False, "qk_norm": False}
 
 
 def packed_infos(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> dict[str, TensorInfo]:
@@ -48,12 +50,17 @@ def packed_size(cfg: DecoderConfig, spec: QuantSpec, export: ExportConfig) -> Ex
     return ExportSize(sum(info.bytes for info in infos.values()), sum(codes), sum(embedding), weights)
 
 
+def scheme_of_codes(layer: LayerQuant) -> str:
+    """What the codes in the file are: those of 2-bit symmetric weights are ternary, whatever their scale was."""
+    return "ternary" if layer.scheme == "symmetric" else layer.scheme
+
+
 def packed_config(
     cfg: DecoderConfig, spec: QuantSpec, tokenizer: TextTokenizer, export: ExportConfig
 ) -> dict[str, Any]:
     """config.json: all that a reader needs beside the tensors."""
     layers = {
-        name: {"scheme": layer.scheme, "activation_bits": layer.activation_bits}
+        name: {"scheme": scheme_of_codes(layer), "activation_bits": layer.activation_bits}
         for name, layer in quantised_layers(cfg, spec).items()
     }
     return {
@@ -61,7 +68,11 @@ def packed_config(
         "version": VERSION,
         "packing": export.packing.value,
         "dtype": export.dtype.value,
-        "model": {f.name: v.value if isinstance(v := getattr(cfg, f.name), Enum) else v for f in shape_fields()},
+        "model": {
+            f.name: value.value if isinstance(value := getattr(cfg, f.name), Enum) else value
+            for f in shape_fields()
+            if f.name not in LATER_FIELDS or getattr(cfg, f.name) != LATER_FIELDS[f.name]
+        },
         "quantised_layers": layers,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

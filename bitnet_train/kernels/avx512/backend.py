@@ -39,10 +39,16 @@ class Avx512Backend(CpuBackend):
         return library if isinstance(library, str) else None
 
     def quantise_weight(
-        self, weight: Tensor, layer: LayerQuant, codes: Tensor | None = None, backward: Tensor | None = None
+        self,
+        weight: Tensor,
+        layer: LayerQuant,
+        codes: Tensor | None = None,
+        backward: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Codes:
-        if layer.scheme != "ternary" or weight.dtype is not torch.float32:
-            return super().quantise_weight(weight, layer, codes, backward)
+        known = layer.scheme == "ternary" and layer.statistic == "absmean" and scale is None
+        if not known or weight.dtype is not torch.float32:
+            return super().quantise_weight(weight, layer, codes, backward, scale)
         groups, weight = layer.group_count(weight.shape[0]), weight.detach().contiguous()
         if codes is None:
             codes = torch.empty_like(weight, dtype=torch.int8)

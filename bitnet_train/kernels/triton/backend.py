@@ -43,17 +43,24 @@ class TritonBackend(ReferenceBackend):
         return None
 
     def quantise_weight(
-        self, weight: Tensor, layer: LayerQuant, codes: Tensor | None = None, backward: Tensor | None = None
+        self,
+        weight: Tensor,
+        layer: LayerQuant,
+        codes: Tensor | None = None,
+        backward: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Codes:
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return super().quantise_weight(weight, layer, codes, backward)
+        known = layer.scheme != "symmetric" and layer.statistic == "absmean" and scale is None
+        if not known or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return super().quantise_weight(weight, layer, codes, backward, scale)
         kernels, groups = _kernels("weights"), layer.group_count(weight.shape[0])
         if codes is None:
             codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         if layer.scheme == "binary":
             return Codes(codes, kernels.binarise_into(weight, groups, codes, backward))
-        scale: Tensor = kernels.absmean_scale(weight, groups)
+        scale = kernels.absmean_scale(weight, groups)
         kernels.ternarise_into(weight, scale, layer.threshold, codes, backward)
+        assert scale is not None
         return Codes(codes, scale)
 
     def backward_layout(self, codes_w: Tensor, dx: str) -> Tensor | None:

@@ -6,7 +6,15 @@ from enum import Enum
 from omegaconf import II, MISSING
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.nn.config import InitConfig, ModelConfig, NormalInit, Norms, check_init, initial_source
+from bitnet_train.nn.config import (
+    FanInInit,
+    InitConfig,
+    ModelConfig,
+    NormalInit,
+    Norms,
+    check_init,
+    initial_source,
+)
 
 
 class PlainActivation(Enum):
@@ -116,6 +124,8 @@ def check_classifier(cfg: ClassifierConfig) -> None:
             "model.quantise_ends=true."
         )
     if isinstance(cfg, VitConfig):
+        if cfg.norms is Norms.inside:
+            raise ConfigError("model.norms=inside is for language models: use pre or pre_sub.")
         if cfg.image_size % cfg.patch:
             raise ConfigError(
                 f"model.patch={cfg.patch} does not divide the image size model.image_size={cfg.image_size}: choose a "
@@ -132,10 +142,10 @@ def check_classifier_init(init: InitConfig, cfg: ClassifierConfig) -> None:
     if initial_source(init) is not None:
         raise ConfigError("init.from= reads language models; this recipe trains an image classifier: leave it out.")
     if isinstance(cfg, MlpConfig):
-        if type(init) is not NormalInit:
+        if type(init) not in (NormalInit, FanInInit):
             raise ConfigError(
                 f"init={init.name} scales the layers that write to a residual stream, and model=mlp has none: use "
-                "init=normal."
+                "init=normal or init=fan_in."
             )
         if init.sub_norm_gain != 1.0:
             raise ConfigError("init.sub_norm_gain has no effect on an mlp, which has no sub-norms: set it to 1.")

@@ -20,12 +20,14 @@ class Checkpoints(StepCallback):
     """Saves ``step-XXXXXXXX.ckpt`` and points ``last.ckpt`` to it; keeps the newest ``checkpoint.keep``.
 
     A file is written under another name, synced and renamed. Metrics of the steps before are on disk by then. A state
-    whose loss or gradient norm is not finite is not saved.
+    whose loss or gradient norm is not finite is not saved, and none while the guard skips steps, which a rollback would
+    come back to: the first step that is applied is saved in its place (or the last of the run).
     """
 
     def __init__(self, clock: TrainingClock, folder: Path) -> None:
         self.clock, self.folder = clock, folder
         self.saved_step = -1
+        self._owed = False
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -38,14 +40,16 @@ class Checkpoints(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         cfg = module.cfg.checkpoint
         overdue = cfg.every_minutes is not None and time.monotonic() - self._saved_at >= cfg.every_minutes * 60
-        if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or step == module.cfg.trainer.max_steps:
-            self.save(trainer, module, step)
+        last = step == module.cfg.trainer.max_steps
+        if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or last or self._owed:
+            self._owed = not self.save(trainer, module, step, last) and module.guard is not None
 
-    def save(self, trainer: L.Trainer, module: TrainingModule, step: int) -> bool:
-        """Save the state after ``step`` unless that is done already; False when the state is not worth keeping."""
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
+        """Save the state after ``step``, the ``last`` of the run or not, unless that is done already; False when the
+        state is not worth keeping."""
         if step == self.saved_step:
             return True
-        if not _finite(module):
+        if not _worth_keeping(module, last):
             return False
         with self.clock.paused():
             for logger in trainer.loggers:
@@ -87,6 +91,14 @@ def point_last_to(path: Path) -> None:
         shutil.copyfile(path, partial)
         _sync(partial)
     partial.replace(last)
+
+
+def _worth_keeping(module: TrainingModule, last: bool) -> bool:
+    guard = module.guard
+    if guard is not None and guard.skipped_last():
+        # The weights are those of the last step that was applied; at the end nothing can come back to them.
+        return last and not guard.going_back
+    return _finite(module) and not (guard is not None and guard.going_back)
 
 
 def _finite(module: TrainingModule) -> bool:

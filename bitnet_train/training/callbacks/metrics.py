@@ -7,8 +7,9 @@ import lightning as L
 
 from bitnet_train.errors import DivergedError
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
-from bitnet_train.training.config import step_size
+from bitnet_train.training.config import consumed_by, step_size
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.rates import rates
 
 
 class TrainingMetrics(StepCallback):
@@ -19,7 +20,8 @@ class TrainingMetrics(StepCallback):
         flops_per_unit: of a forward and backward, per token or image; with ``peak_flops`` (of the device, or None)
             gives the share of it.
 
-    Raises DivergedError (exit code 3) when the loss or the gradient norm of a logged step is not finite.
+    Raises DivergedError (exit code 3) when the loss or the gradient norm of a logged step is not finite, unless the
+    guard skipped that step.
     """
 
     def __init__(self, clock: TrainingClock, flops_per_unit: float, peak_flops: float | None) -> None:
@@ -43,22 +45,26 @@ class TrainingMetrics(StepCallback):
             return
         assert module.step_loss is not None
         assert module.clip_result is not None
-        group = next(g for g in trainer.optimizers[0].param_groups if g["decays"])
+        at = rates(module.cfg, step - 1)
         loss, norm = float(module.step_loss), float(module.clip_result.norm)
         now = self.clock.seconds()
-        size = step_size(module.cfg)
-        rate = (step - self._last_step) * size.count / max(now - self._last_seconds, 1e-9)
+        unit, done = step_size(module.cfg).unit, consumed_by(module.cfg, step)
+        rate = (done - consumed_by(module.cfg, self._last_step)) / max(now - self._last_seconds, 1e-9)
         self._last_seconds, self._last_step = now, step
         self.row = {
-            size.unit: step * size.count,
+            unit: done,
             "train/loss": loss,
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
+            **{name: float(value) for name, value in module.step_parts.items()},
+            "lr": at.lr,
+            "weight_decay": at.weight_decay,
             "grad_norm": norm,
             "clip_threshold": float(module.clip_result.threshold),
-            f"{size.unit}_per_second": round(rate, 1),
+            "grad_norm_clipped": float(module.clip_result.clipped),
+            f"{unit}_per_second": round(rate, 1),
             "elapsed_seconds": round(now, 2),
         }
+        if module.guard is not None:
+            self.row["skipped"] = int(module.guard.skipped)
         if self.peak_flops:
             self.row["model_flops_share"] = rate * self.flops_per_unit / self.peak_flops
         statistics = module.code_cache.statistics if module.code_cache else None
@@ -66,7 +72,8 @@ class TrainingMetrics(StepCallback):
             self.row |= {"codes/zeros": statistics.zero_share(), "codes/flips": statistics.flip_rate()}
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        skipped = module.guard is not None and module.guard.skipped_last()
+        if not (math.isfinite(loss) and math.isfinite(norm)) and not skipped:
             for logger in trainer.loggers:
                 logger.save()
             raise DivergedError(

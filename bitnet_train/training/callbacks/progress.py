@@ -27,10 +27,12 @@ class Validated(Protocol):
 
 
 class Validates(Protocol):
-    """A callback that validates; ``result`` is the last result."""
+    """A callback that validates; ``result`` is the last result, ``parts`` what it is made of, in words."""
 
     @property
     def result(self) -> Validated | None: ...
+    @property
+    def parts(self) -> str: ...
 
 
 class TrainingProgress(StepCallback):
@@ -72,7 +74,8 @@ class TrainingProgress(StepCallback):
         if self.validation.result is not None and self.validation.result is not self._shown:
             self._shown = self.validation.result
             self.console.print(
-                f"step {step:>6}/{total}  validation loss {self._shown.loss:.4f}  [bold]{self._shown.figure}[/bold]"
+                f"step {step:>6}/{total}  validation loss {self._shown.loss:.4f}  "
+                f"[bold]{self._shown.figure}[/bold]{self.validation.parts}"
             )
         elif self._bar is None and self.metrics.row and time.monotonic() - self._line_at > SECONDS_BETWEEN_LINES:
             self._line_at = time.monotonic()

@@ -7,19 +7,30 @@ checkpoint is always taken after the validation of its step.
 import lightning as L
 import numpy as np
 
-from bitnet_train.evaluation.bits_per_byte import TextLoss, windows_loss
+from bitnet_train.evaluation.bits_per_byte import TextLoss, total, windows_loss
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.datamodule import ShardDataModule
+from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import PretrainingModule, TrainingModule
 
 
 class Validation(StepCallback):
-    """Evaluates every ``trainer.validate_every`` steps and at the end; the last result stays in ``result``."""
+    """Evaluates every ``trainer.validate_every`` steps and at the end; the last result stays in ``result``.
+
+    ``by_corpus`` holds the results of a mixture's corpora, which add up to it.
+    """
 
     def __init__(self, clock: TrainingClock, data: ShardDataModule, byte_lengths: np.ndarray) -> None:
         self.clock, self.byte_lengths = clock, byte_lengths
-        self.loader = data.validation_loader()
+        self.loaders = data.validation_loaders()
         self.result: TextLoss | None = None
+        self.by_corpus: dict[str, TextLoss] = {}
+
+    @property
+    def parts(self) -> str:
+        """The results of a mixture's corpora in words, to stand behind the whole."""
+        found = [f"{name} {loss.bits_per_byte:.4f}" for name, loss in self.by_corpus.items()]
+        return f" ({', '.join(found)})" if found else ""
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         assert isinstance(module, PretrainingModule)
@@ -28,7 +39,18 @@ class Validation(StepCallback):
         with self.clock.paused():
             module.decoder.eval()
             with trainer.precision_plugin.forward_context():
-                self.result = windows_loss(module.decoder, self.loader, self.byte_lengths, bos_id=module.bos_id)
+                found = {
+                    name: windows_loss(module.decoder, loader, self.byte_lengths, bos_id=module.bos_id)
+                    for name, loader in self.loaders.items()
+                }
             module.decoder.train()
+        self.result = total(list(found.values()))
+        self.by_corpus = {name: loss for name, loss in found.items() if name}
+        each = {f"val/{name}/{key}": getattr(loss, key) for name, loss in self.by_corpus.items()
+                for key in ("loss", "bits_per_byte")}  # fmt: skip
         for logger in trainer.loggers:
-            logger.log_metrics({"val/loss": self.result.loss, "val/bits_per_byte": self.result.bits_per_byte}, step)
+            # The columns of metrics.csv are fixed; what belongs to a corpus is printed, and goes to other loggers.
+            more = {} if isinstance(logger, MetricsCsv) else each
+            logger.log_metrics(
+                {"val/loss": self.result.loss, "val/bits_per_byte": self.result.bits_per_byte, **more}, step
+            )

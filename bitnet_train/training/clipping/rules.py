@@ -1,62 +1,61 @@
-"""Gradient clipping: a fixed norm, or a threshold that follows the norms seen so far.
-
-Rules are modules, so that what they remember is saved with the checkpoint. Nothing here waits for the device: norms
-and thresholds stay tensors.
-"""
+"""The clip rules by their configuration: a fixed norm, a scheduled one, or one that follows the gradients."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.clipping.config import ClipConfig, NoClip, NormClip, PercentileClip
+from bitnet_train.training.clipping.adaptive import AdaptiveRule
+from bitnet_train.training.clipping.base import ClipResult, ClipRule, gradients
+from bitnet_train.training.clipping.by_pattern import PatternedRule
+from bitnet_train.training.clipping.config import (
+    AdaptiveClip,
+    ByPatternClip,
+    ClipConfig,
+    NoClip,
+    NormClip,
+    PercentileClip,
+    ScheduledClip,
+    ZScoreClip,
+    inner_clips,
+)
+from bitnet_train.training.clipping.zscore import ZScoreRule
+from bitnet_train.training.schedules.factors import as_steps, glide
 
-
-class ClipResult(NamedTuple):
-    """The gradient's L2 norm before clipping and the threshold it was held to, as 0-d tensors."""
-
-    norm: Tensor
-    threshold: Tensor
-
-
-class ClipRule(nn.Module):
-    """Base: computes the norm of the whole gradient and scales the gradients down to :meth:`threshold`."""
-
-    def threshold(self, norm: Tensor) -> Tensor:
-        """The largest norm allowed now, given the ``norm`` at hand, which it may remember."""
-        return torch.full_like(norm, torch.inf)
-
-    def clip(self, parameters: Iterable[nn.Parameter]) -> ClipResult:
-        """Clip the gradients of ``parameters`` in place."""
-        with_grad = [p for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
-        threshold = self.threshold(norm)
-        torch.nn.utils.clip_grads_with_norm_(with_grad, threshold, norm)  # type: ignore[arg-type]
-        return ClipResult(norm, threshold)
+__all__ = ["CLIP_RULES", "ClipResult", "ClipRule", "build_clip"]
 
 
 class NoRule(ClipRule):
     """Measures the norm and clips nothing."""
 
-    def __init__(self, cfg: NoClip) -> None:
-        super().__init__()
-
-    def clip(self, parameters: Iterable[nn.Parameter]) -> ClipResult:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return ClipResult(norm, torch.full_like(norm, torch.inf))
+    @torch.no_grad()
+    def clip(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> ClipResult:
+        norm = torch.nn.utils.get_total_norm(gradients(parameters))
+        return ClipResult(norm, torch.full_like(norm, torch.inf), norm)
 
 
 class NormRule(ClipRule):
     """A fixed largest norm (Pascanu et al. 2013)."""
 
-    def __init__(self, cfg: NormClip) -> None:
-        super().__init__()
+    def __init__(self, cfg: NormClip, total_steps: int) -> None:
+        super().__init__(cfg, total_steps)
         self.max_norm = cfg.max_norm
 
-    def threshold(self, norm: Tensor) -> Tensor:
+    def threshold(self, norm: Tensor, step: int) -> Tensor:
         return torch.full_like(norm, self.max_norm)
+
+
+class ScheduledRule(ClipRule):
+    """A largest norm that is a pure function of the step: from ``start`` in step 0 to ``max_norm`` in step ``steps``
+    and after it."""
+
+    def __init__(self, cfg: ScheduledClip, total_steps: int) -> None:
+        super().__init__(cfg, total_steps)
+        self.cfg, self.steps = cfg, max(1, as_steps(cfg.steps, total_steps))
+
+    def threshold(self, norm: Tensor, step: int) -> Tensor:
+        return torch.full_like(norm, glide(self.cfg.shape, self.cfg.start, self.cfg.max_norm, step / self.steps))
 
 
 class PercentileRule(ClipRule):
@@ -68,13 +67,13 @@ class PercentileRule(ClipRule):
     history: Tensor
     count: Tensor
 
-    def __init__(self, cfg: PercentileClip) -> None:
-        super().__init__()
+    def __init__(self, cfg: PercentileClip, total_steps: int) -> None:
+        super().__init__(cfg, total_steps)
         self.cfg = cfg
         self.register_buffer("history", torch.full((cfg.window,), torch.nan))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def threshold(self, norm: Tensor) -> Tensor:
+    def threshold(self, norm: Tensor, step: int) -> Tensor:
         finite = torch.isfinite(norm)
         slot = (self.count % self.cfg.window).reshape(1)
         self.history.index_copy_(0, slot, torch.where(finite, norm.float(), self.history[slot].squeeze()).reshape(1))
@@ -83,16 +82,25 @@ class PercentileRule(ClipRule):
         return torch.where(self.count >= self.cfg.min_history, known, torch.full_like(known, self.cfg.initial))
 
 
+def _patterned(cfg: ByPatternClip, total_steps: int) -> PatternedRule:
+    return PatternedRule(cfg, total_steps, [build_clip(inner, total_steps) for inner in inner_clips(cfg)])
+
+
 # Add a clip rule: a dataclass in training.config.CLIP_CONFIGS, and its module here.
+# A function (config, optimizer steps of the run) -> rule.
 CLIP_RULES: dict[type[ClipConfig], Callable[..., ClipRule]] = {
     NoClip: NoRule,
     NormClip: NormRule,
+    ScheduledClip: ScheduledRule,
     PercentileClip: PercentileRule,
+    ZScoreClip: ZScoreRule,
+    AdaptiveClip: AdaptiveRule,
+    ByPatternClip: _patterned,
 }
 
 
-def build_clip(cfg: ClipConfig) -> ClipRule:
-    """The clip rule of a configuration, whose values :func:`check_run` has checked."""
+def build_clip(cfg: ClipConfig, total_steps: int) -> ClipRule:
+    """The clip rule of a configuration, whose values :func:`check_run` has checked, for a run of ``total_steps``."""
     if type(cfg) not in CLIP_RULES:
         raise ConfigError(f"clip={cfg.name} has no entry in bitnet_train.training.clipping.rules.CLIP_RULES")
-    return CLIP_RULES[type(cfg)](cfg)
+    return CLIP_RULES[type(cfg)](cfg, total_steps)

@@ -8,9 +8,13 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
+from bitnet_train.training.loggers.csv_rows import cut_rows
+
 COLUMNS = (
     "step", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "lr", "weight_decay", "grad_norm",
-    "clip_threshold", "tokens_per_second", "model_flops_share", "codes/zeros", "codes/flips", "elapsed_seconds",
+    "clip_threshold", "grad_norm_clipped", "skipped", "tokens_per_second", "model_flops_share", "codes/zeros",
+    "codes/flips", "elapsed_seconds",
+    "loss/total", "loss/z", "loss/distillation", "loss/regulariser",
     # Of image classifiers, in place of val/bits_per_byte and tokens.
     "val/accuracy", "images", "images_per_second",
 )  # fmt: skip
@@ -73,16 +77,7 @@ class MetricsCsv(Logger):
 
     def cut(self, after_step: int) -> None:
         """Drop all rows of steps past ``after_step``, and a last row that a crash cut short."""
-        if not self.path.exists():
-            return
-        with self.path.open(newline="") as stream:
-            rows = [r for r in csv.DictReader(stream) if None not in r.values() and int(r["step"]) <= after_step]
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.path)
+        cut_rows(self.path, COLUMNS, after_step)
 
 
 def _text(value: Any) -> Any:

@@ -12,7 +12,10 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.training.schedules.config import (
     ConstantSchedule,
     CosineSchedule,
+    ExponentialSchedule,
+    InverseSqrtSchedule,
     LinearSchedule,
+    PolynomialSchedule,
     ScheduleConfig,
     Shape,
     TwoStageSchedule,
@@ -28,14 +31,31 @@ class Factors:
     weight_decay: float = 1.0
 
 
+# Shapes that divide by the ends of their way, which must be above zero.
+POSITIVE = (Shape.exponential, Shape.inverse, Shape.inverse_sqrt)
+
+
 def glide(shape: Shape, start: float, end: float, progress: float) -> float:
-    """From ``start`` at progress 0 to ``end`` at progress 1: constant stays at start, linear, or half a cosine."""
+    """From ``start`` at progress 0 to ``end`` at progress 1 (constant: stays at ``start``).
+
+    With p the progress: linear ``start + (end - start) p``; cosine ``end + (start - end) (1 + cos(pi p)) / 2``;
+    one_minus_sqrt ``end + (start - end) (1 - sqrt(p))`` (arXiv 2405.18392, section 4); exponential
+    ``start (end / start)^p`` (arXiv 2404.06395, section 4.2); inverse ``1 / (p / end + (1 - p) / start)``
+    (arXiv 2410.05192); inverse_sqrt ``(p / end^2 + (1 - p) / start^2)^-0.5``. Both ends of the last three are positive.
+    """
     progress = min(max(progress, 0.0), 1.0)
     if shape is Shape.constant:
         return start
     if shape is Shape.linear:
         return start + (end - start) * progress
-    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if shape is Shape.cosine:
+        return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if shape is Shape.one_minus_sqrt:
+        return end + (start - end) * (1.0 - math.sqrt(progress))
+    if shape is Shape.exponential:
+        return start * (end / start) ** progress
+    power = 1 if shape is Shape.inverse else 2
+    return start * (1.0 + ((start / end) ** power - 1.0) * progress) ** (-1 / power)
 
 
 def as_steps(value: float, total: int) -> int:
@@ -60,22 +80,49 @@ def _cosine(cfg: CosineSchedule, step: int, warm: int, total: int) -> Factors:
     return Factors(glide(Shape.cosine, 1.0, cfg.final, _progress(step, warm, total)))
 
 
+def _polynomial(cfg: PolynomialSchedule, step: int, warm: int, total: int) -> Factors:
+    return Factors(cfg.final + (1.0 - cfg.final) * (1.0 - _progress(step, warm, total)) ** cfg.power)
+
+
+def _exponential(cfg: ExponentialSchedule, step: int, warm: int, total: int) -> Factors:
+    return Factors(glide(Shape.exponential, 1.0, cfg.final, _progress(step, warm, total)))
+
+
+def _inverse_sqrt(cfg: InverseSqrtSchedule, step: int, warm: int, total: int) -> Factors:
+    timescale = warm if cfg.timescale is None else as_steps(cfg.timescale, total)
+
+    def stable(at: int) -> float:
+        return float((1.0 + max(0, at - warm) / timescale) ** -0.5)
+
+    first = total - as_steps(cfg.decay, total)
+    if step < first:
+        return Factors(stable(step))
+    # From the last step before the cooldown, as in WSD.
+    start = stable(first - 1)
+    return Factors(glide(cfg.shape, start, cfg.final, _progress(step, first - 1, total)))
+
+
 def _wsd(cfg: WsdSchedule, step: int, warm: int, total: int) -> Factors:
     first = total - as_steps(cfg.decay, total)
     # The last stable step counts as the decay's start, so that the decay's first step already falls.
     return Factors(1.0 if step < first else glide(cfg.shape, 1.0, cfg.final, _progress(step, first - 1, total)))
 
 
+def stage_borders(cfg: TwoStageSchedule, total: int) -> list[int]:
+    """The step that each stage ends before; the last is ``total``."""
+    borders, passed = [], 0.0
+    for stage in cfg.stages[:-1]:
+        passed += stage.share
+        borders.append(round(passed * total))
+    return [*borders, total]
+
+
 def _two_stage(cfg: TwoStageSchedule, step: int, warm: int, total: int) -> Factors:
     first = 0
-    passed = 0.0
-    for number, stage in enumerate(cfg.stages):
-        passed += stage.share
-        end = total if number == len(cfg.stages) - 1 else round(passed * total)
+    for stage, end in zip(cfg.stages, stage_borders(cfg, total), strict=True):
         if step < end or end == total:
-            progress = _progress(step, max(first, warm), end)
             return Factors(
-                glide(stage.shape, stage.lr, stage.final or 0.0, progress),
+                glide(stage.shape, stage.lr, stage.final or 0.0, _progress(step, max(first, warm), end)),
                 glide(
                     stage.weight_decay_shape,
                     stage.weight_decay,
@@ -93,19 +140,29 @@ SCHEDULES: dict[type[ScheduleConfig], Callable[..., Factors]] = {
     ConstantSchedule: _constant,
     LinearSchedule: _linear,
     CosineSchedule: _cosine,
+    PolynomialSchedule: _polynomial,
+    ExponentialSchedule: _exponential,
+    InverseSqrtSchedule: _inverse_sqrt,
     WsdSchedule: _wsd,
     TwoStageSchedule: _two_stage,
 }
 
 
 def schedule_factors(cfg: ScheduleConfig, step: int, total: int) -> Factors:
-    """Factors at ``step`` of a run of ``total`` steps, linear warm-up of the learning rate included."""
+    """Factors at ``step`` of a run of ``total`` steps, warm-up of the learning rate included.
+
+    The warm-up goes from ``warmup_start`` times its peak, one step before the first, to its peak in its last step. The
+    peak is the schedule's own value right after it.
+    """
     warm = as_steps(cfg.warmup, total)
     factors = SCHEDULES[type(cfg)](cfg, step, warm, total)
     if step >= warm:
         return factors
     peak = SCHEDULES[type(cfg)](cfg, warm, warm, total).lr
-    return Factors(peak * (step + 1) / warm, factors.weight_decay)
+    if cfg.warmup_shape is Shape.linear:
+        start = cfg.warmup_start
+        return Factors(start * peak + (1.0 - start) * peak * (step + 1) / warm, factors.weight_decay)
+    return Factors(peak * glide(cfg.warmup_shape, cfg.warmup_start, 1.0, (step + 1) / warm), factors.weight_decay)
 
 
 def learning_rate(cfg: ScheduleConfig, peak: float, step: int, total: int) -> float:
@@ -119,53 +176,3 @@ def weight_decay(cfg: ScheduleConfig, decay: ScheduleConfig, peak: float, step: 
     ``decay`` is a schedule for the weight decay itself (``weight_decay_schedule``); its warm-up applies to it too.
     """
     return peak * schedule_factors(cfg, step, total).weight_decay * schedule_factors(decay, step, total).lr
-
-
-def check_schedule(cfg: ScheduleConfig, total: int, key: str = "schedule") -> None:
-    """Raises ConfigError when the spans of a schedule do not fit into ``total`` steps or contradict themselves."""
-    if type(cfg) not in SCHEDULES:
-        raise ConfigError(f"{key}={cfg.name} has no entry in bitnet_train.training.schedules.factors.SCHEDULES.")
-    warm = as_steps(cfg.warmup, total)
-    if cfg.warmup < 0 or warm >= total:
-        raise ConfigError(
-            f"{key}.warmup={cfg.warmup:g} is {warm} steps, which must be shorter than the run of "
-            f"trainer.max_steps={total}: shorten the warm-up or lengthen the run."
-        )
-    if isinstance(cfg, WsdSchedule):
-        decay = as_steps(cfg.decay, total)
-        if cfg.decay < 0 or warm + decay > total:
-            raise ConfigError(
-                f"{key}: warm-up ({warm} steps) and decay ({decay}) are longer than the run of {total} steps."
-            )
-    if isinstance(cfg, TwoStageSchedule):
-        _check_stages(cfg, warm, total, key)
-    final = getattr(cfg, "final", 0.0)
-    if final < 0:
-        raise ConfigError(f"{key}.final is {final:g}; it is a factor of the peak and cannot be negative.")
-
-
-def _check_stages(cfg: TwoStageSchedule, warm: int, total: int, key: str) -> None:
-    if not cfg.stages:
-        raise ConfigError(f"{key}.stages is empty: give at least one stage, for example {{share: 1.0}}.")
-    shares = sum(stage.share for stage in cfg.stages)
-    if abs(shares - 1.0) > 1e-6:
-        raise ConfigError(f"{key}.stages: the shares add up to {shares:g}, not to 1.")
-    if warm > round(cfg.stages[0].share * total):
-        raise ConfigError(f"{key}.warmup ({warm} steps) is longer than the first stage.")
-    for number, stage in enumerate(cfg.stages):
-        if stage.share <= 0:
-            raise ConfigError(f"{key}.stages[{number}].share must be positive, it is {stage.share:g}.")
-        for shape, final, name in (
-            (stage.shape, stage.final, "final"),
-            (stage.weight_decay_shape, stage.weight_decay_final, "weight_decay_final"),
-        ):
-            if shape is Shape.constant and final is not None:
-                raise ConfigError(
-                    f"{key}.stages[{number}].{name} has no effect while that shape is constant: remove it."
-                )
-        decays = (stage.weight_decay, stage.weight_decay_shape, stage.weight_decay_final)
-        if key == "weight_decay_schedule" and decays != (1.0, Shape.constant, None):
-            raise ConfigError(
-                f"{key}.stages[{number}]: here lr, shape and final are the weight decay's; weight_decay, "
-                "weight_decay_shape and weight_decay_final have no effect: remove them."
-            )

@@ -3,7 +3,7 @@
 from bitnet_train.data.images.config import check_images, check_source
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.config import EvaluateConfig
-from bitnet_train.nn.layout import check_spec
+from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.nn.vision.config import check_classifier, check_classifier_init
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.config import RunConfig, SamplesConfig
@@ -15,6 +15,7 @@ OF_LANGUAGE = {
     "verify": "it has no exports",
     "generate": "command=evaluate measures its accuracy",
     "benchmark": "command=estimate says what it costs",
+    "convert": "give convert.from= without a recipe",
 }
 # Commands that read the images.
 NEED_IMAGES = ("train", "prepare", "evaluate")
@@ -41,6 +42,7 @@ def check_vision(cfg: RunConfig, command: str) -> None:
             )
     check_spec(model, build_spec(cfg.quant))
     check_classifier_init(cfg.init, model)
+    check_init_overrides(model, cfg.init)
     if command in NEED_IMAGES:
         check_source(images)
     _check_settings_of_text(cfg)
@@ -52,6 +54,8 @@ def _check_settings_of_text(cfg: RunConfig) -> None:
             "trainer.batch_tokens counts tokens of text; images per step are data.batch_size: set "
             "trainer.batch_tokens=null."
         )
+    if cfg.trainer.batch_warmup:
+        raise ConfigError("trainer.batch_warmup counts tokens of text, and data.batch_size stays: leave it out.")
     if cfg.trainer.micro_batch == "auto":
         raise ConfigError("trainer.micro_batch=auto is for text: give a number of images, or null for the whole step.")
     if not isinstance(cfg.loss, CrossEntropyLoss):

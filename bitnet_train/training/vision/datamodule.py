@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from bitnet_train.data.images.batches import Batch, SampleNumbers, TrainingImages, in_order
 from bitnet_train.data.images.config import ImageDataConfig
 from bitnet_train.data.images.sources import ImageSplits
-from bitnet_train.training.config import BatchPlan
+from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.datamodule import leave_signals_to_the_run
 
 
@@ -25,13 +25,22 @@ class ImageDataModule(L.LightningDataModule):
         splits: the images.
         plan: images per optimizer step and per forward.
         seed: chooses the order of the images and their random changes.
+        resume_at: samples behind which to start, in place of those that a checkpoint says were consumed.
     """
 
-    def __init__(self, cfg: ImageDataConfig, splits: ImageSplits, plan: BatchPlan, seed: int) -> None:
+    def __init__(
+        self, cfg: ImageDataConfig, splits: ImageSplits, plan: BatchPlan, seed: int, resume_at: int | None = None
+    ) -> None:
         super().__init__()
         self.cfg, self.splits, self.plan, self.seed = cfg, splits, plan, seed
         self.fingerprint = splits.fingerprint
-        self.consumed = self._first_step = 0
+        self.resume_at = resume_at
+        self.consumed, self._first_step = resume_at or 0, 0
+
+    def samples_before(self, step: int) -> int:
+        """Training samples before optimizer step ``step`` (from 0)."""
+        # Counted from where this process started: a fork may have begun with another batch.
+        return self.consumed + self.plan.consumed(step) - self.plan.consumed(self._first_step)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(
@@ -48,10 +57,9 @@ class ImageDataModule(L.LightningDataModule):
         return in_order(self.splits.validation, self.cfg)
 
     def state_dict(self) -> dict[str, Any]:
-        # Counted from where this process started: a fork may have begun with another batch.
         step = self.trainer.global_step if self.trainer is not None else self._first_step
-        consumed = self.consumed + (step - self._first_step) * self.plan.batch_sequences
-        return {"step": step, "consumed": consumed, "fingerprint": self.fingerprint}
+        return {"step": step, "consumed": self.samples_before(step), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.consumed, self._first_step = state["consumed"], state["step"]
+        self.consumed = state["consumed"] if self.resume_at is None else self.resume_at
+        self._first_step = state["step"]

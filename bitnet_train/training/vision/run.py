@@ -13,16 +13,30 @@ from bitnet_train.nn.vision.model import build_classifier
 from bitnet_train.planning.flops import device_peak, training_flops_per_image
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import Checkpoints
+from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
+from bitnet_train.training.callbacks.quantisation import Quantisation
 from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.config import RunConfig, step_plan
 from bitnet_train.training.device import choose
+from bitnet_train.training.fit import (
+    Ending,
+    TrainingOutcome,
+    build_loggers,
+    build_trainer,
+    conclude,
+    describe,
+    fill_no_memory,
+    fit,
+    until_it_need_not_go_back,
+)
+from bitnet_train.training.guard.events import cut_rollbacks, resume_point
 from bitnet_train.training.out_of_memory import is_out_of_memory
 from bitnet_train.training.provenance import collect_provenance
-from bitnet_train.training.run import TrainingOutcome, build_loggers, build_trainer, describe, fill_no_memory, fit
 from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.telemetry.layers import LayerTelemetry, cut_layers
 from bitnet_train.training.vision.datamodule import ImageDataModule
 from bitnet_train.training.vision.module import ClassificationModule
 from bitnet_train.training.vision.validation import ImageValidation
@@ -41,6 +55,21 @@ def train_classifier(
 
     Everything else is as in :func:`bitnet_train.training.run.train`.
     """
+    return until_it_need_not_go_back(
+        lambda path, step: _train_from(cfg, folder, run_name, splits, path, step, console), folder, start, first
+    )
+
+
+def _train_from(
+    cfg: RunConfig,
+    folder: RunFolder,
+    run_name: str,
+    splits: ImageSplits,
+    start: Path | None,
+    first: int,
+    console: Console,
+) -> TrainingOutcome:
+    """Train until the end, a signal, or a return to the last checkpoint, which is in divergence.jsonl by then."""
     images, plan = cfg.images, step_plan(cfg)
     console.print(
         f"data: {images.source.name}, {len(splits.train):,} training and {len(splits.validation):,} validation images "
@@ -54,8 +83,11 @@ def train_classifier(
     choices = choose(cfg)
     kernels = choose_backend(choices.device, cfg.kernels.backend)
     classifier = build_classifier(cfg.classifier, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
+    quantisation = Quantisation(cfg, classifier)
     remembered = describe(classifier, choices, kernels, console)
-    data = ImageDataModule(images, splits, plan, cfg.seed)
+    quantisation.set(first)
+    rollbacks = cut_rollbacks(folder.divergence_file, first)
+    data = ImageDataModule(images, splits, plan, cfg.seed, resume_point(rollbacks, first))
     epochs = cfg.trainer.max_steps * plan.batch_sequences / len(splits.train)
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {plan.batch_sequences:,} images "
@@ -64,6 +96,7 @@ def train_classifier(
     )
     module = ClassificationModule(cfg, classifier, choices.compile)
     loggers = build_loggers(cfg, folder, run_name, first, console)
+    cut_layers(folder.layers_file, first)
     remembered |= {"data_fingerprint": data.fingerprint, "from_step": first, "micro_batch": plan.micro_batch}
     folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
 
@@ -73,9 +106,17 @@ def train_classifier(
     validation = ImageValidation(clock, data)
     checkpoints = Checkpoints(clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
+    guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
-        metrics, validation, TrainingProgress(console, metrics, validation), checkpoints, stop,
-    ]  # fmt: skip
+        metrics,
+        validation,
+        LayerTelemetry(clock, folder.layers_file, console),
+        TrainingProgress(console, metrics, validation),
+        guard,  # before the checkpoint, which is not saved when the run goes back
+        checkpoints,
+        stop,
+        quantisation,
+    ]
     fill_no_memory()
     trainer = build_trainer(cfg, choices, plan, loggers, callbacks, folder)
     try:
@@ -89,4 +130,5 @@ def train_classifier(
             f"trainer.micro_batch to a smaller divisor of data.batch_size={plan.batch_sequences}, or choose a smaller "
             f"model; {there}."
         ) from None
-    return TrainingOutcome(trainer.global_step, validation.result, stop.exit_code)
+    ending = Ending(trainer.global_step, first, checkpoints, stop, guard)
+    return conclude(ending, validation.result, data, rollbacks, cfg.guard.max_rollbacks, folder, console)

@@ -16,6 +16,11 @@ class ImageValidation(StepCallback):
         self.clock, self.data = clock, data
         self.result: ImageLoss | None = None
 
+    @property
+    def parts(self) -> str:
+        """Nothing: the images are one set."""
+        return ""
+
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         assert isinstance(module, ClassificationModule)
         if not due(step, module.cfg.trainer.validate_every, module.cfg.trainer.max_steps):

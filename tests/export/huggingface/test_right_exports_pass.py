@@ -34,6 +34,7 @@ def cases() -> list[Any]:
         ("hf-packed", kind, {"linear_class": linear_class})
         for kind in small_kinds("hf-packed")
         for linear_class in (LinearClass.autobitlinear, LinearClass.bitlinear)
+        if kind in held_by("hf-packed", linear_class=linear_class)
     ]
     others = [(name, kind, {}) for name in ("hf-master", "hf-dense") for kind in small_kinds(name)]
     every = [*packed, *others]

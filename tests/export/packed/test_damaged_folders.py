@@ -56,7 +56,7 @@ def test_a_configuration_that_is_longer_than_any(export: Path) -> None:
         pytest.param("dtype", "x" * 10**6, "is not known here", id="endless"),
         ("dtype", "bfloat16", r"config.json asks for .* torch.bfloat16"),
         ("packing", "two_bit", "config.json asks for"),
-        ("model", None, "model must have exactly the fields activation, context"),
+        ("model", None, "model must have exactly the fields activation, attention_bias, context"),
         ("model", [], "model must have exactly the fields"),
         ("quantised_layers", None, "quantised_layers is missing"),
         ("quantised_layers", ["x"], "quantised_layers is missing"),

@@ -1,0 +1,83 @@
+"""divergence.jsonl: one line for every time that a run went back to a checkpoint.
+
+Where a run goes on is a function of its checkpoint and this file, so that a run that is killed after it went back
+does the same when it is started again.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bitnet_train.errors import DivergedError
+from bitnet_train.training.run_folder import RunFolder, write_atomically
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A return to an earlier state.
+
+    ``step``: the last step that was made and is taken back. ``back_to``: the step of the checkpoint (0: the initial
+    weights). ``consumed``: samples that the run had consumed by then, behind which it goes on. ``left_out``: samples
+    between the checkpoint and there, which are not trained on. ``reason``: in words.
+    """
+
+    step: int
+    back_to: int
+    consumed: int
+    left_out: int
+    reason: str
+
+
+def read_rollbacks(path: Path) -> list[Rollback]:
+    """The lines of the file, oldest first; from a damaged line on they do not count."""
+    found: list[Rollback] = []
+    if not path.is_file():
+        return found
+    for line in path.read_text().splitlines():
+        try:
+            found.append(Rollback(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return found
+
+
+def write_rollbacks(path: Path, rollbacks: list[Rollback]) -> None:
+    """Replace the file, as a whole."""
+    write_atomically(path, "".join(json.dumps(asdict(rollback)) + "\n" for rollback in rollbacks))
+
+
+def cut_rollbacks(path: Path, first: int) -> list[Rollback]:
+    """The rollbacks that count for a run that starts from step ``first``; those of later checkpoints are dropped."""
+    found = read_rollbacks(path)
+    kept = [rollback for rollback in found if rollback.back_to <= first]
+    if len(kept) < len(found):
+        write_rollbacks(path, kept)
+    return kept
+
+
+def resume_point(rollbacks: list[Rollback], first: int) -> int | None:
+    """Samples behind which a run goes on that starts from step ``first``, or None for those its checkpoint says."""
+    return next((rollback.consumed for rollback in reversed(rollbacks) if rollback.back_to == first), None)
+
+
+def go_back(rollback: Rollback, before: list[Rollback], allowed: int, folder: RunFolder, console: Console) -> None:
+    """Write ``rollback`` behind those ``before`` it and say so. Raises DivergedError when that is one too many."""
+    last = folder.last_checkpoint if rollback.back_to else None
+    place = f"step {rollback.back_to} ({last})" if last is not None else f"step {rollback.back_to}"
+    if len(before) >= allowed:
+        past = ", ".join(f"step {r.step} to {r.back_to}" for r in before) or "never"
+        raise DivergedError(
+            f"Stopped at step {rollback.step}: the guard {rollback.reason}, and the run has gone back "
+            f"guard.max_rollbacks={allowed} times ({past}; see {folder.divergence_file}). The last good state is "
+            f"{place}. Fork from it or an earlier one (resume.from=) with a lower optimizer.lr, a longer "
+            "schedule.warmup or harder clipping, look at the samples that were left out, or allow more with "
+            "guard.max_rollbacks."
+        )
+    write_rollbacks(folder.divergence_file, [*before, rollback])
+    console.print(
+        f"guard: {rollback.reason}: back from step {rollback.step} to {place}, and on behind sample "
+        f"{rollback.consumed:,} ({rollback.left_out:,} left out); return {len(before) + 1} of {allowed}",
+        markup=False,
+    )
