@@ -46,9 +46,8 @@ Flags
 
 Every setting, with its value:  python -m bitnet_train +recipe=tiny --cfg job
 What a setting means:           the comments in bitnet_train/*/config.py
-Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a
-conversion failed its checks; 130 Ctrl-C; 143 terminated. A continued sweep ends with
-its worst code.
+Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a conversion failed its
+checks; 130 Ctrl-C; 143 terminated. A continued sweep ends with its worst code.
 """
 
 
@@ -56,15 +55,19 @@ def help_text(catalogue: Catalogue) -> str:
     """The page, with every choice that exists, the user's own included."""
     groups = ["recipe", *sorted(set(catalogue.options) - {"recipe"})]
     width = max(len(group) for group in groups) + 2
-    lines = ["", "Choices (group=option; a recipe is added with a plus, +recipe=NAME)"]
+    lines = ["", "Choices (group=option; recipes and sweeps are added with a plus, +recipe=NAME, -m +sweep=NAME)"]
     for group in groups:
-        lines += _wrapped(f"  {group:<{width}}", catalogue.options[group])
-    lines += ["", "Export formats (export.formats=[NAME,...]; without it every one that can hold the model)"]
-    lines += _wrapped("  ", list(FORMAT_RULES))
+        options = catalogue.options[group]
+        if group == "recipe":
+            in_ladders = {f"{ladder}_{size}" for ladder, sizes in catalogue.ladders.items() for size in sizes}
+            options = [name for name in options if name not in in_ladders]
+            options += [f"{ladder}_{{{','.join(sizes)}}}" for ladder, sizes in catalogue.ladders.items()]
+        lines += _wrapped(f"  {group:<{width}}", options)
+    lines += _wrapped(f"  {'export.formats=[...]':<{width}}", list(FORMAT_RULES))
     return USAGE + "\n".join(lines) + "\n" + FOOTER
 
 
-def _wrapped(head: str, options: list[str], limit: int = 88) -> list[str]:
+def _wrapped(head: str, options: list[str], limit: int = 106) -> list[str]:
     lines, line = [], head
     for number, option in enumerate(options):
         part = option + ("," if number < len(options) - 1 else "")

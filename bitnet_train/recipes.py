@@ -27,6 +27,8 @@ class Catalogue:
     files: dict[str, Path] = field(default_factory=dict)
     # Recipe -> what its file holds.
     recipe_nodes: dict[str, DictConfig] = field(default_factory=dict)
+    # Ladder -> its sizes; recipe LADDER_SIZE is one of the recipes.
+    ladders: dict[str, list[str]] = field(default_factory=dict)
     # Recipe -> why its file cannot be read. Said only to someone who chooses it.
     broken: dict[str, str] = field(default_factory=dict)
 
@@ -83,7 +85,9 @@ def register(user_folder: Path | None) -> Catalogue:
     _note_files(catalogue, config_folder("conf"))
     _store_recipes(catalogue, store, config_folder("recipes"))
     for path in sorted((config_folder("recipes") / "ladders").glob("*.yaml")):
-        for name, node in read_ladder(path).items():
+        ladder = read_ladder(path)
+        catalogue.ladders[path.stem] = [name.removeprefix(f"{path.stem}_") for name in ladder]
+        for name, node in ladder.items():
             catalogue.add("recipe", name, path)
             catalogue.recipe_nodes[name] = node
             store.store(group="recipe", name=name, node=node, package="_global_")

@@ -12,6 +12,18 @@ from bitnet_train.recipes import config_folder, register, settle
 
 CATALOGUE = register(None)
 RECIPES = CATALOGUE.recipes
+# What recipes ask for that start from a model.
+NEEDED = {
+    "finetune": ("init.from=x",),
+    "distill_continue": ("init.from=x",),
+    "sft": ("init.from=x", "data.tokenizer.source=x"),
+    "distill": ("init.from=x", "loss.teacher=x"),
+}
+
+
+def choosing(recipe: str) -> tuple[str, ...]:
+    """The overrides that choose ``recipe``, with what it needs."""
+    return (f"+recipe={recipe}", *NEEDED.get(recipe, ()))
 
 
 def compose_config(*overrides: str) -> Config:

@@ -27,7 +27,7 @@ from bitnet_train.config import (
 )
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.schedules.config import WsdSchedule
-from tests.composing import RECIPES, compose_config
+from tests.composing import RECIPES, choosing, compose_config
 
 ORIGIN = Path("runs/tiny/config.yaml")
 
@@ -35,7 +35,7 @@ ORIGIN = Path("runs/tiny/config.yaml")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("more", [[], ["schedule=wsd", "quant.weight.groups=row", "logger=wandb"]])
 def test_a_saved_configuration_reads_back_equal(recipe: str, more: list[str]) -> None:
-    cfg = compose_config(f"+recipe={recipe}", *more)
+    cfg = compose_config(*choosing(recipe), *more)
     again = OmegaConf.to_object(from_plain(yaml.safe_load(to_yaml(cfg)), ORIGIN))
     assert again == cfg
     assert isinstance(again, Config)
@@ -55,6 +55,46 @@ def test_a_configuration_of_a_version_without_kinds_reads_back_and_continues() -
     check_continuation(old, cfg, ORIGIN)
     with pytest.raises(ConfigError, match=r"with model\.ffn=768"):
         check_continuation(old, compose_config("+recipe=tiny", "model.ffn=512"), ORIGIN)
+
+
+def without_later_keys(plain: dict[str, Any]) -> dict[str, Any]:
+    """As a version saved it that had none of these settings."""
+    old = {key: value for key, value in plain.items() if key not in ("regulariser", "guard", "telemetry", "convert")}
+    for key, later in {
+        "quant": ("progressive",), "trainer": ("batch_warmup",), "optimizer": ("groups", "layer_lr_decay"),
+        "init": ("overrides", "sub_norms"), "loss": ("z_loss", "reduction"),
+        "model": ("name", "head_width", "attention_bias", "qk_norm"), "data": ("name",),
+    }.items():  # fmt: skip
+        old[key] = {k: v for k, v in old[key].items() if k not in later}
+    first = ("pattern", "scheme", "threshold", "groups", "activation_bits")
+    overrides = [{key: override[key] for key in first} for override in old["quant"]["overrides"]]
+    old["quant"] = {**old["quant"], "overrides": overrides}
+    old["quant"]["weight"] = {key: old["quant"]["weight"][key] for key in ("scheme", "threshold", "groups")}
+    old["quant"]["activation"] = {"bits": old["quant"]["activation"]["bits"]}
+    return old
+
+
+LATER = [
+    ("quant/progressive=lambda", "quant.progressive.name=none"),
+    ("regulariser=codes", "regulariser.name=none"),
+    ("guard.skip_non_finite=true", "guard.skip_non_finite=False"),
+    ("loss.z_loss=1e-4", "loss.z_loss=0.0"),
+    ("trainer.batch_warmup=[{until:10,tokens:1024}]", "trainer.batch_warmup=[]"),
+    ("optimizer.layer_lr_decay=0.9", "optimizer.layer_lr_decay=1.0"),
+    ("quant.weight.trainable_scale=true", "quant.weight.trainable_scale=False"),
+]
+
+
+def test_a_run_of_an_earlier_version_continues_while_later_keys_have_their_defaults() -> None:
+    base = ("+recipe=tiny", 'quant.overrides=[{pattern:"*o_proj",groups:4}]')
+    cfg = compose_config(*base)
+    old = without_later_keys(to_plain(cfg))
+    assert len(dict(flatten(old))) < len(dict(flatten(to_plain(cfg)))) - 20
+    assert OmegaConf.to_object(from_plain(old, ORIGIN)) == cfg
+    check_continuation(old, cfg, ORIGIN)
+    for override, before in LATER:
+        with pytest.raises(ConfigError, match=re.escape(f"was started with {before}")):
+            check_continuation(old, compose_config(*base, override), ORIGIN)
 
 
 @pytest.mark.parametrize(("key", "name"), [("model", "decoder"), ("data", "text")])

@@ -280,7 +280,7 @@ def test_help_is_short_and_lists_the_choices(run: Run, arguments: list[str]) -> 
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert len(lines) <= 66
+    assert len(lines) <= 70
     assert max(map(len, lines)) <= 110
     schedules = "constant, cosine, exponential, inverse_sqrt, linear, polynomial, two_stage, wsd"
     assert f" schedule {schedules} " in " ".join(out.split())
