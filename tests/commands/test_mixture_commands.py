@@ -97,6 +97,8 @@ def test_a_run_from_before_there_were_stages_can_be_continued() -> None:
 
 def test_cards_name_hub_data_sets_and_no_local_paths(tmp_path: Path) -> None:
     hub = HubCorpus(path="someone/text", subset="big", revision="v2", max_documents=5000)
-    assert describe(DataConfig(hub), 10) == ("hub (someone/text, big, split train, revision v2, the first 5,000 rows)")
-    assert describe(DataConfig(HubCorpus(path=str(tmp_path))), 10) == "hub (a local data set, split train)"
+    assert describe(DataConfig(corpus=hub), 10) == (
+        "hub (someone/text, big, split train, revision v2, the first 5,000 rows)"
+    )
+    assert describe(DataConfig(corpus=HubCorpus(path=str(tmp_path))), 10) == "hub (a local data set, split train)"
     assert describe(DataConfig(), 10) == "stdlib"

@@ -229,8 +229,8 @@ def chat(tmp_path: Path, tokenizer: TextTokenizer) -> Callable[..., DataConfig]:
 
     def build(**corpus: Any) -> DataConfig:
         return DataConfig(
-            ChatCorpus(path=str(tmp_path / "talks.jsonl"), validation_every=10, **corpus),
-            PretrainedTokenizer(source=source, vocab_size=304, bos="<|bos|>", eos="<|end|>"),
+            corpus=ChatCorpus(path=str(tmp_path / "talks.jsonl"), validation_every=10, **corpus),
+            tokenizer=PretrainedTokenizer(source=source, vocab_size=304, bos="<|bos|>", eos="<|end|>"),
             sequence_length=16,
             shard_tokens=400,
         )

@@ -58,8 +58,10 @@ class Runs:
             self.consumed.append(sample)
             if not self.modules or self.modules[-1] is not module:
                 self.modules.append(module)
-            loss = original(module, batch, batch_idx) * self.bad(sample)
-            module._losses[-1] = loss.detach()
+            bad = self.bad(sample)
+            loss = original(module, batch, batch_idx) * bad
+            parts = module._parts[-1]
+            module._parts[-1] = parts._replace(total=parts.total * bad, cross_entropy=parts.cross_entropy * bad)
             return loss
 
         monkeypatch.setattr(PretrainingModule, "training_step", training_step)

@@ -30,7 +30,7 @@ def prepared(tmp_path: Path, texts: list[str]) -> tuple[DataConfig, Path, Manife
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
         corpora[name] = {"corpus": "files", "path": str(path), "validation_every": 10}
-    cfg = DataConfig(MixtureCorpus(corpora=corpora), BpeTokenizer(vocab_size=300), sequence_length=16)
+    cfg = DataConfig(corpus=MixtureCorpus(corpora=corpora), tokenizer=BpeTokenizer(vocab_size=300), sequence_length=16)
     manifest = prepare(cfg, tmp_path / "shards")
     return cfg, shard_folder(cfg, tmp_path / "shards"), manifest
 

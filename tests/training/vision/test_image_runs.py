@@ -1,10 +1,8 @@
 """Runs of image classifiers through the command line, on local copies in the hub's format."""
 
-import csv
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -14,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bitnet_train.__main__ import answer
 from bitnet_train.training.callbacks.checkpoint import Checkpoints
-from tests.composing import fresh_recipes
+from tests.training.vision.image_runs import SHORT, Run, figures, rows
 
 QUANTS = ("none", "ternary", "binary")
 # (size, channels, classes, column of images, column of classes), as on the hub.
@@ -25,13 +22,6 @@ SETS = {
     "fashion_mnist_vit": (28, 1, 10, "image", "label"),
     "cifar100_vit": (32, 3, 100, "img", "fine_label"),
 }
-SHORT = (
-    "trainer.max_steps=2", "data.batch_size=4", "trainer.precision=32-true", "trainer.validate_every=2",
-    "trainer.log_every=1", "trainer.compile=false", "schedule.warmup=0",
-)  # fmt: skip
-SAME = ("train/loss", "val/loss", "val/accuracy", "lr", "grad_norm", "codes/flips", "codes/zeros", "images")
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -49,30 +39,6 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
             table = datasets.Dataset.from_dict(rows, features=features)
             table.to_parquet(root / recipe / f"{split}-00000-of-00001.parquet")
     return root
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None) -> Run:
-    """A command in a folder of its own; exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def execute(*arguments: str) -> tuple[int, str, str]:
-        with fresh_recipes():
-            code = answer(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return execute
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    with (Path("runs") / name / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def figures(name: str) -> dict[str, tuple[str, ...]]:
-    return {row["step"]: tuple(row[column] for column in SAME) for row in rows(name)}
 
 
 @pytest.mark.parametrize("recipe", SETS)
