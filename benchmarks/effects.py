@@ -1,14 +1,17 @@
 """What each option does to the loss: one run per option, against a baseline, at equal steps, seeds and data order.
 
-    python benchmarks/effects.py screen            # all options at 1M parameters, one seed
-    python benchmarks/effects.py confirm           # the ones in CONFIRM at the size of tiny, three seeds
-    python benchmarks/effects.py table screen      # the table of the runs that are there, as Markdown
+    python benchmarks/effects.py screen     # all options at 1M parameters, 300 steps, one seed
+    python benchmarks/effects.py confirm    # those in CONFIRM at the size of tiny, three epochs, three seeds
+    python benchmarks/effects.py table      # what is known so far, as Markdown
 
-Runs that are finished are not done again; a run that was interrupted goes on. Folders: --runs (default runs/effects).
+What was measured is kept in a results file (benchmarks/results/effects.json) and not measured again; a run that was
+interrupted goes on. Compare options of one file only if the code between them computes the same.
 """
 
 import argparse
 import csv
+import json
+import math
 import os
 import statistics
 import subprocess
@@ -115,6 +118,17 @@ SCREEN: dict[str, dict[str, list[str]]] = {
 }  # fmt: skip
 
 
+# Option -> overrides on +recipe=tiny, over several epochs. The first is the baseline, "dense" the twin to come near to.
+CONFIRM: dict[str, list[str]] = {
+    "ternary (tiny)": [],
+    "dense": ["quant=none", "optimizer.lr=3e-3"],
+}
+CONFIRM_STEPS = 2100
+CONFIRM_SEEDS = (1, 2, 3)
+
+Results = dict[str, dict[str, float]]  # job -> "option, seed" -> bits per byte
+
+
 def finished(folder: Path, steps: int) -> float | None:
     """The last validation of a run of ``steps`` steps in bits per byte, or None when it has not come that far."""
     try:
@@ -131,57 +145,98 @@ def folder_name(option: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in option).strip("_")
 
 
-def run(option: str, overrides: list[str], recipe: str, seed: int, runs: Path, data: Path) -> None:
-    """Train one option, unless it is done."""
+def measure(option: str, overrides: list[str], recipe: str, steps: int, seed: int, places: argparse.Namespace) -> float:
+    """Bits per byte of an option after ``steps`` steps; NaN when the run fails, with the reason in its log."""
     name = f"{recipe}/{folder_name(option)}/seed{seed}"
+    folder, log = places.runs / name, places.runs / f"{name}.log"
     command = [
         sys.executable, "-m", "bitnet_train", f"+recipe={recipe}", *overrides, f"seed={seed}", f"run_name={name}",
-        f"paths.runs={runs}", f"paths.data={data}",
+        f"trainer.max_steps={steps}", f"trainer.validate_every={min(steps, 300)}",
+        f"trainer.compile={'true' if steps >= 1000 else 'false'}",
+        f"paths.runs={places.runs}", f"paths.data={places.data}",
     ]  # fmt: skip
-    log = runs / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ).returncode
-    if code:
-        print(f"{option}, seed {seed}: exit code {code}, see {log}", flush=True)
+    if finished(folder, steps) is None:
+        with log.open("w") as stream:
+            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ).returncode
+        if code:
+            print(f"{option}, seed {seed}: exit code {code}, see {log}", flush=True)
+    value = finished(folder, steps)
+    return math.nan if value is None else value
+
+
+def read(path: Path) -> Results:
+    """The results so far."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def note(path: Path, job: str, option: str, seed: int, value: float) -> None:
+    """Put a result into the file (read again, for another process may write to it too)."""
+    results = read(path)
+    results.setdefault(job, {})[f"{option}, {seed}"] = value
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def screen_table(results: dict[str, float]) -> str:
+    """The options of SCREEN against the baseline."""
+    base = results.get("ternary (micro), 1", math.nan)
+    lines = ["| group | option | bits per byte | against the baseline |", "| --- | --- | --- | --- |"]
+    for group, options in SCREEN.items():
+        for option in options:
+            value = results.get(f"{option}, 1")
+            figures = "not run | " if value is None else f"{value:.4f} | {value / base - 1:+.2%}"
+            lines.append(f"| {group} | {option} | {figures} |")
+    seeds = [value for key, value in results.items() if key.startswith("ternary (micro), ")]
+    if len(seeds) > 2:
+        lines.append(f"\nSeeds of the baseline: {', '.join(f'{value:.4f}' for value in seeds)}.")
+    return "\n".join(lines)
+
+
+def confirm_table(results: dict[str, float]) -> str:
+    """The options of CONFIRM: mean over the seeds, and the mean paired difference with its standard error."""
+    known = {
+        option: [results.get(f"{option}, {seed}", math.nan) for seed in CONFIRM_SEEDS] for option in CONFIRM
+    }  # fmt: skip
+    baseline, dense = known[next(iter(CONFIRM))], known["dense"]
+    lines = [
+        "| option | bits per byte (mean of seeds) | against the baseline (paired, standard error) | against dense |",
+        "| --- | --- | --- | --- |",
+    ]
+    for option, values in known.items():
+        against = []
+        for other in (baseline, dense):
+            shares = [value / base - 1 for value, base in zip(values, other, strict=True)]
+            error = statistics.stdev(shares) / math.sqrt(len(shares)) if not any(map(math.isnan, shares)) else math.nan
+            against.append(f"{statistics.fmean(shares):+.2%} +- {error:.2%}")
+        lines.append(f"| {option} | {statistics.fmean(values):.4f} | {against[0]} | {against[1]} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=["screen", "table"])
+    parser.add_argument("job", choices=["screen", "confirm", "table"])
     parser.add_argument("--runs", type=Path, default=Path("runs/effects"))
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/effects.json"))
+    parser.add_argument("--reverse", action="store_true", help="last option first: for a second process beside one")
     parser.add_argument("--only", default="", help="options whose name contains this")
     arguments = parser.parse_args()
-    steps, seed = arguments.steps, arguments.seed
-    rows: list[tuple[str, str, float | None]] = []
-    for group, options in SCREEN.items():
-        for option, overrides in options.items():
-            if arguments.only not in option:
-                continue
-            folder = arguments.runs / "micro" / folder_name(option) / f"seed{seed}"
-            if arguments.job == "screen" and finished(folder, steps) is None:
-                steps_too = [
-                    *overrides,
-                    f"trainer.max_steps={steps}",
-                    f"trainer.validate_every={steps}",
-                    "trainer.compile=false",
-                ]
-                run(option, steps_too, "micro", seed, arguments.runs, arguments.data)
-            rows.append((group, option, finished(folder, steps)))
-            if arguments.job == "screen":
-                print(f"{group:26} {option:50} {rows[-1][2]}", flush=True)
-    base = next(value for _, option, value in rows if option == "ternary (micro)")
-    print("\n| group | option | bits per byte | against the baseline |\n| --- | --- | --- | --- |")
-    for group, option, value in rows:
-        if value is None or base is None:
-            print(f"| {group} | {option} | not run | |")
-        else:
-            print(f"| {group} | {option} | {value:.4f} | {value / base - 1:+.2%} |")
-    known = [value for _, _, value in rows if value is not None]
-    print(f"\n{len(known)} runs, median {statistics.median(known):.4f}" if known else "")
+    if arguments.job == "screen":
+        tries = [(o, settings, "micro", 300, 1) for options in SCREEN.values() for o, settings in options.items()]
+        # How far apart seeds lie: what is smaller is noise.
+        tries += [("ternary (micro)", [], "micro", 300, seed) for seed in (2, 3)]
+    else:
+        tries = [(o, settings, "tiny", CONFIRM_STEPS, s) for s in CONFIRM_SEEDS for o, settings in CONFIRM.items()]
+    for option, overrides, recipe, steps, seed in tries[::-1] if arguments.reverse else tries:
+        known = read(arguments.results).get(arguments.job, {})
+        if arguments.job == "table" or arguments.only not in option or f"{option}, {seed}" in known:
+            continue
+        value = measure(option, overrides, recipe, steps, seed, arguments)
+        note(arguments.results, arguments.job, option, seed, value)
+        print(f"{option:50} seed {seed}  {value:.4f}", flush=True)
+    results = read(arguments.results)
+    print(screen_table(results.get("screen", {})))
+    print("\n" + confirm_table(results.get("confirm", {})))
 
 
 if __name__ == "__main__":

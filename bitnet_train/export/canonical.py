@@ -166,7 +166,7 @@ def assemble_decoder(
     parameters = dict(model.named_parameters())
     for name in parameters:
         owner, _, attribute = name.rpartition(".")
-        if owner in codes and attribute == "weight":
+        if owner in codes and attribute in ("weight", "weight_scale"):
             continue
         if tensors[name].shape != parameters[name].shape:
             raise ValueError(f"{name}: shape {tuple(tensors[name].shape)} instead of {tuple(parameters[name].shape)}")

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from bitnet_train.nn.bit_linear import BitLinear
 from bitnet_train.nn.convert_checks import Bounds, OutputReport, compare_outputs, record
 from bitnet_train.nn.convert_plan import DEFAULT_EXCLUDE, Swap, places_of, plan_conversion, refuse_shared_inputs
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
+from bitnet_train.quant.weights import statistic_scale
 
 # Where nn.Module keeps hooks. The dictionaries themselves go to the new layer, so that handles can still remove them.
 HOOKS = (
@@ -180,15 +180,17 @@ def revert(model: nn.Module) -> list[str]:
 
 @contextmanager
 def unquantised(model: nn.Module) -> Iterator[None]:
-    """A context manager in which every BitLinear of ``model`` that is called computes what nn.Linear would."""
+    """A context manager in which every BitLinear of ``model`` computes what nn.Linear would."""
     layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    before = [(layer.weight_blend, layer.input_blend) for layer in layers]
     for layer in layers:
-        layer.__dict__["forward"] = MethodType(nn.Linear.forward, layer)
+        nothing = torch.zeros((), device=layer.weight.device)
+        layer.blend(nothing, nothing)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for layer, blend in zip(layers, before, strict=True):
+            layer.blend(*blend)
 
 
 def _build(swaps: list[Swap], spec: QuantSpec, backend: Backend | None) -> None:
@@ -210,6 +212,8 @@ def _build(swaps: list[Swap], spec: QuantSpec, backend: Backend | None) -> None:
             raise ConversionError(
                 f"{swap.names[0]}: the transfer failed ({type(error).__name__}: {error}); nothing was changed."
             ) from error
+        if new.weight_scale is not None:
+            new.weight_scale = nn.Parameter(statistic_scale(new.weight, swap.quant))
         _take_along(old, new)
         swap.new = new
 
@@ -249,6 +253,7 @@ def _built(swap: Swap) -> BitLinear:
 def _check_transfer(swap: Swap) -> None:
     """Raises ConversionError when a parameter of the new layer is missing, of another kind, or not the same bytes."""
     old, new, name = dict(swap.old.named_parameters()), dict(_built(swap).named_parameters()), swap.names[0]
+    new.pop("weight_scale", None)  # a learned one is made from the weights
     if set(old) != set(new):
         lost = ", ".join(sorted(set(old) ^ set(new)))
         raise ConversionError(f"{name}: parameters: {lost} is not in both layers; nothing was changed.")

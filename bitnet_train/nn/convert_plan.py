@@ -90,6 +90,12 @@ def plan_conversion(
             swap.quant.group_count(swap.old.out_features)
         except ConfigError as error:
             raise ConfigError(f"{swap.names[0]}: {error}") from None
+        swap.quant.inputs.check_width(swap.names[0], swap.old.in_features)
+        if swap.quant.hadamard:
+            raise ConfigError(
+                f"{swap.names[0]}: quant.activation.hadamard is for weights that were trained in the rotated basis; "
+                "convert without it."
+            )
     return list(swaps.values()), dict(sorted(skipped.items()))
 
 

@@ -53,6 +53,9 @@ class QuantProgress:
             if layer.weight_blend is not value or layer.input_blend is not value:
                 layer.blend(value, value)
             value.fill_(strengths[block])
+            if strengths[block] == 0:
+                # No gradient reaches a learned scale yet: it follows its weights until they are quantised.
+                layer.reset_scale()
 
     @torch.no_grad()
     def _mask(self, rate: float, step: int) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.quant.spec import build_spec
+from bitnet_train.reporting.layer_charts import layer_charts
 from bitnet_train.reporting.metrics import Metrics, read_metrics
 from bitnet_train.reporting.page import megabytes, number, render
 from bitnet_train.reporting.run_facts import (
@@ -37,7 +38,7 @@ def run_page(cfg: RunConfig, folder: RunFolder, name: str) -> str:
         subtitle,
         str(folder.path),
         run_figures(metrics, read_json_object(folder.path / "evaluation.json", "test")),
-        run_charts(metrics),
+        run_charts(metrics) + layer_charts(folder.layers_file),
         exports=[
             (
                 export.name,

@@ -65,7 +65,7 @@ def test_prepare_and_estimate_say_what_the_data_are(run: Run) -> None:
             "data.corpus.corpora.web.text_field=x",
             "is not given yet: write it with a plus, +data.corpus.corpora.web.text",
         ),
-        ("+data.corpus.corpora.web.text_feild=x", "web.text_feild is not a setting of corpus: files, which has path"),
+        ("+data.corpus.corpora.web.text_feild=x", "web.text_feild is not a configuration key: files has path"),
         ("data.corpus.corpora.web.path=nowhere", "data.corpus.corpora.web.path=nowhere does not exist"),
         ("data.stages=[{from: 3, wieghts: {code: 1}}]", "wieghts is not a configuration key. Did you mean 'weights'"),
         ("data.stages=[{from: soon, weights: {code: 1}}]", "from: Value 'soon' of type"),

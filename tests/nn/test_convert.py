@@ -415,8 +415,12 @@ def test_a_fault_in_the_last_layer_takes_all_back(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def patched_bit_linear(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    real = BitLinear.forward
+
     def patch(forward: Callable[..., Any]) -> None:
-        monkeypatch.setattr(BitLinear, "forward", forward)
+        # Broken while it quantises; with quantisation off it is the plain layer.
+        either = lambda self, x: forward(self, x) if self.weight_blend is None else real(self, x)  # noqa: E731
+        monkeypatch.setattr(BitLinear, "forward", either)
 
     return patch
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
 from bitnet_train.nn.code_cache import CodeCache, keep_codes
 from bitnet_train.nn.config import DecoderConfig, NormalInit
+from bitnet_train.nn.convert import convert
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.nn.layout import learned_scales
@@ -197,3 +199,19 @@ def test_a_weight_that_is_not_finite_shows() -> None:
     assert layer(x).isnan().any(0).tolist() == [False, False, True, True]
     CodeCache(layer)
     assert layer(x).isnan().any(0).tolist() == [False, False, True, True]
+
+
+def test_a_converted_layer_starts_with_the_statistic_of_its_weights() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    weight = model[0].weight.detach().clone()
+    convert(model, LayerQuant(trainable_scale=True, groups=2))
+    layer = model[0]
+    assert isinstance(layer, BitLinear)
+    assert layer.weight_scale is not None
+    torch.testing.assert_close(layer.weight_scale.detach(), weight.reshape(2, -1).abs().mean(1))
+
+
+def test_convert_refuses_a_rotation() -> None:
+    with pytest.raises(ConfigError, match="rotated basis"):
+        convert(torch.nn.Sequential(torch.nn.Linear(16, 8)), LayerQuant(hadamard=True))
