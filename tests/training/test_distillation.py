@@ -18,7 +18,13 @@ from bitnet_train.nn.collector import Collector
 from bitnet_train.nn.config import Activation, DecoderConfig, NormalInit, Norms
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.init import build_decoder
-from bitnet_train.quant.config import ActivationQuantConfig, QuantConfig, WeightQuantConfig, WeightScheme
+from bitnet_train.quant.config import (
+    ActivationQuantConfig,
+    LambdaProgressive,
+    QuantConfig,
+    WeightQuantConfig,
+    WeightScheme,
+)
 from bitnet_train.quant.spec import FLOAT, QuantSpec, build_spec
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.losses import cross_entropy as losses
@@ -225,7 +231,7 @@ def config(teacher: Path | str, loss: dict[str, Any] | None = None, **model: Any
     )
 
 
-@pytest.mark.parametrize("quant", [QuantConfig(), FLOATS])
+@pytest.mark.parametrize("quant", [QuantConfig(), FLOATS, QuantConfig(progressive=LambdaProgressive(until=2))])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_run_is_read_with_its_own_quantisation(
     tmp_path: Path, bpe: TextTokenizer, quant: QuantConfig, precision: str

@@ -16,6 +16,7 @@ from bitnet_train.data.mixture import Stage
 from bitnet_train.data.prepare import prepare, shard_folder
 from bitnet_train.data.shards import Manifest
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.datamodule import ShardDataModule
 from tests.training.conftest import SETTINGS, Workspace
 
@@ -38,14 +39,14 @@ def prepared(tmp_path: Path, texts: list[str]) -> tuple[DataConfig, Path, Manife
 def module(
     prepared: tuple[DataConfig, Path, Manifest], micro: int = 4, stages: list[Stage] = STAGES, batch: int = BATCH
 ):  # type: ignore[no-untyped-def]
-    return ShardDataModule(*prepared, batch, micro, 3, stages)
+    return ShardDataModule(*prepared, BatchPlan(batch, micro, batch // micro), 3, stages)
 
 
 def samples(data: ShardDataModule, steps: int) -> list[list[int]]:
     """The windows of the next ``steps`` steps, as the loader is told them."""
     sampler = data.train_dataloader().batch_sampler
     flat = itertools.chain.from_iterable(sampler)  # type: ignore[arg-type]
-    return [list(itertools.islice(flat, data.batch_sequences)) for _ in range(steps)]
+    return [list(itertools.islice(flat, data.plan.batch_sequences)) for _ in range(steps)]
 
 
 def state_after(data: ShardDataModule, steps: int) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def test_validation_takes_its_share_of_every_corpus(prepared: Any) -> None:
     }
     assert count == {name: manifest.splits[f"val/{name}"]["tokens"] - 1 for name in ("a", "b")}
     cfg.validation_tokens = 90
-    some = ShardDataModule(cfg, folder, manifest, BATCH, 4, 3, STAGES)
+    some = ShardDataModule(cfg, folder, manifest, BatchPlan(BATCH, 4, BATCH // 4), 3, STAGES)
     found = {name: sum(batch[:, 1:].numel() for batch in loader) for name, loader in some.validation_loaders().items()}
     total = manifest.splits["val"]["tokens"]
     assert found == {name: 90 * manifest.splits[f"val/{name}"]["tokens"] // total for name in ("a", "b")}
@@ -129,7 +130,7 @@ def test_a_corpus_without_a_window_is_refused(prepared: Any) -> None:
     cfg, folder, manifest = prepared
     cfg.sequence_length = manifest.splits["train/b"]["tokens"]
     with pytest.raises(ConfigError, match=r"training text of data\.corpus\.corpora\.b is \d+ tokens, less than one"):
-        ShardDataModule(cfg, folder, manifest, BATCH, 4, 3, STAGES)
+        ShardDataModule(cfg, folder, manifest, BatchPlan(BATCH, 4, BATCH // 4), 3, STAGES)
 
 
 def mixture_settings(folder: Path) -> tuple[str, ...]:

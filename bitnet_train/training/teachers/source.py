@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import DecoderConfig, shape_fields
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.training.config import RunConfig
@@ -143,8 +143,10 @@ def _run_source(name: str, folder: Path, step: str) -> RunSource:
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DecoderConfig), saved["model"]))
-        quant = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantConfig), saved["quant"]))
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, OmegaConfBaseException) as error:
+        # How the teacher came to its codes is of no matter here, and is a choice of dataclasses.
+        settings = {key: value for key, value in saved["quant"].items() if key != "progressive"}
+        quant = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantConfig), settings))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"loss.teacher={name}: {folder / 'config.yaml'} is no run's configuration ({reason})."
@@ -157,7 +159,8 @@ def _run_source(name: str, folder: Path, step: str) -> RunSource:
         there = ", ".join(str(int(p.stem[5:])) for p in sorted(checkpoints.glob("step-*.ckpt"))) or "none"
         raise ConfigError(f"loss.teacher={name}: {path} does not exist; steps saved there: {there}.")
     spec = build_spec(quant)
-    digest = _digest({"model": _plain(asdict(cfg)), "quant": _plain(asdict(quant))})
+    shape = {f.name: getattr(cfg, f.name) for f in shape_fields()}
+    digest = _digest({"model": _plain(shape), "quant": _plain(asdict(quant))})
     return RunSource(name, folder, path, cfg, spec, digest)
 
 
