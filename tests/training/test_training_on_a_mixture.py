@@ -100,7 +100,7 @@ def test_a_fork_with_another_mixture_or_batch_repeats_no_window(prepared: Any) -
                 epoch = windows[start : start + size]
                 assert len(set(epoch)) == len(epoch)
         # What the fork saves takes it up again.
-        resumed = module(prepared, stages=fork.stages, batch=fork.batch_sequences)
+        resumed = module(prepared, stages=fork.stages, batch=fork.plan.batch_sequences)
         resumed.load_state_dict(state_after(fork, 10))
         assert samples(resumed, 30) == steps[70:]
 
