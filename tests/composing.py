@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
 from bitnet_train.config import Config, to_config
 from bitnet_train.recipes import config_folder, register, settle
@@ -26,11 +27,16 @@ def choosing(recipe: str) -> tuple[str, ...]:
     return (f"+recipe={recipe}", *NEEDED.get(recipe, ()))
 
 
-def compose_config(*overrides: str) -> Config:
-    """The validated configuration of these overrides."""
+def compose_node(*overrides: str) -> DictConfig:
+    """What Hydra composes from these overrides, before it is validated."""
     settle(CATALOGUE, {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)})
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder("conf"))):
-        return to_config(compose("config", overrides=list(overrides)))
+        return compose("config", overrides=list(overrides))
+
+
+def compose_config(*overrides: str) -> Config:
+    """The validated configuration of these overrides."""
+    return to_config(compose_node(*overrides))
 
 
 @contextmanager
