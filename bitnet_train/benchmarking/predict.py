@@ -5,6 +5,7 @@ from bitnet_train.nn.layout import block_linears
 from bitnet_train.planning.roofline import DeviceRates, LinearWork, StepWork, step_prediction
 from bitnet_train.quant.spec import LayerQuant, QuantSpec, build_spec
 from bitnet_train.training.config import batch_plan
+from bitnet_train.training.optimizers.config import MuonConfig
 
 
 def predict_step(contender: Contender, rates: DeviceRates) -> dict[str, float] | None:
@@ -21,7 +22,8 @@ def predict_step(contender: Contender, rates: DeviceRates) -> dict[str, float] |
             linears[full] = work
     plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
     tokens = plan.batch_sequences * cfg.text.sequence_length
-    step = StepWork(tokens, plan.accumulation, cfg.text.sequence_length, compute, linears)
+    iterations = cfg.optimizer.ns_steps if isinstance(cfg.optimizer, MuonConfig) else 0
+    step = StepWork(tokens, plan.accumulation, cfg.text.sequence_length, compute, linears, iterations)
     return step_prediction(cfg.decoder, step, rates)
 
 

@@ -87,7 +87,7 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
             cfg.decoder, spec, plan.micro_batch, cfg.text.sequence_length, cfg.trainer.precision, cfg.optimizer
         ),
         precision=cfg.trainer.precision,
-        checkpoint_bytes=checkpoint_bytes(cfg.decoder, cfg.optimizer),
+        checkpoint_bytes=checkpoint_bytes(cfg.decoder, spec, cfg.optimizer),
         exports=export_sizes(cfg.decoder, spec, export_dtype),
         export_dtype=export_dtype.value,
         curve=characteristic_points(cfg),

@@ -13,6 +13,7 @@ master weights         4 per parameter
 gradients              4 per parameter
 optimizer state        8 per parameter (two moments in float32); under Muon 4 per parameter of the blocks' matrices
 code buffers           1 per quantised parameter, 4 per quantised row
+learned scales         16 each: their weight, gradient and AdamW's moments, counted with those
 compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)
 quantised inputs       int8 codes, and 8 per token for scale and 1/rms: for q, k, v, for gate and up, for o;
                        the down projection computes its own again
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
 from bitnet_train.nn.layout import block_linears, quantised_layers
 from bitnet_train.planning.optimizer_state import optimizer_state
-from bitnet_train.planning.parameters import ParameterCounts, count_parameters
+from bitnet_train.planning.parameters import ParameterCounts, count_parameters, count_scales
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 from bitnet_train.training.chunks import chunk_tokens
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
@@ -75,10 +76,11 @@ def training_memory(
     """Bytes that training needs (with AdamW if no ``optimizer`` is given); see the table above."""
     counts = count_parameters(cfg, spec)
     compute = compute_bytes(precision)
+    scales = FLOAT32 * count_scales(cfg, spec)
     return TrainingMemory(
-        master_weights=FLOAT32 * counts.total,
-        gradients=FLOAT32 * counts.total,
-        optimizer_state=optimizer_state(optimizer or AdamWConfig(), cfg).bytes,
+        master_weights=FLOAT32 * counts.total + scales,
+        gradients=FLOAT32 * counts.total + scales,
+        optimizer_state=optimizer_state(optimizer or AdamWConfig(), cfg).bytes + 2 * scales,  # of AdamW, in Muon too
         code_buffers=_code_buffers(cfg, spec, counts),
         compute_copies=_compute_copies(cfg, counts, compute),
         activations=_activations(cfg, spec, micro_batch * sequence_length, compute),

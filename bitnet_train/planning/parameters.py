@@ -1,9 +1,10 @@
 """Parameters by kind, from the layout alone: no weight is allocated."""
 
+import math
 from dataclasses import dataclass
 
 from bitnet_train.nn.config import ModelConfig
-from bitnet_train.nn.layout import Role, parameter_table
+from bitnet_train.nn.layout import Role, learned_scales, parameter_table
 from bitnet_train.quant.spec import QuantSpec
 
 
@@ -45,3 +46,8 @@ def count_parameters(cfg: ModelConfig, spec: QuantSpec) -> ParameterCounts:
             scheme = spec.for_layer(parameter.layer_name).scheme
             linear[scheme] = linear.get(scheme, 0) + parameter.size
     return ParameterCounts(roles[Role.embedding], roles[Role.head], roles[Role.norm] + roles[Role.bias], linear)
+
+
+def count_scales(cfg: ModelConfig, spec: QuantSpec) -> int:
+    """Learned scales of all layers."""
+    return sum(math.prod(shape) for shape in learned_scales(cfg, spec).values())

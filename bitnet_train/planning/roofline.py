@@ -15,6 +15,8 @@ head and loss       3 * 2*T*V*H at the rate of the compute type; logits: 6 passe
 activations         bytes per token and element of a layer's input and output, see below
 weights             bytes per weight of a linear layer, per micro-batch and per step, see below
 optimizer           40*P bytes: norm (4), clip (8), AdamW (reads w, g, m, v: 16; writes w, m, v: 12)
+orthogonalisation   Muon alone: per iteration 4*s*s*l + 2*s*s*s operations of bf16 for each matrix of the blocks, s its
+                    shorter and l its longer side
 ==================  ====================================================================================================
 
 Bytes per element, forward + backward. "shared" counts each distinct input of a block once (q, k, v read one), "each"
@@ -191,7 +193,8 @@ class LinearWork:
 class StepWork:
     """A training step: tokens in all, in how many micro-batches, of which length, and the compute type (bf16, fp32).
 
-    ``linears`` says how each linear layer of the blocks runs, by its full name.
+    ``linears`` says how each linear layer of the blocks runs, by its full name; ``newton_schulz`` is the number of
+    iterations with which Muon orthogonalises their updates, 0 for AdamW.
     """
 
     tokens: int
@@ -199,6 +202,7 @@ class StepWork:
     sequence_length: int
     compute: str
     linears: Mapping[str, LinearWork]
+    newton_schulz: int = 0
 
 
 def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> dict[str, float]:
@@ -222,6 +226,7 @@ def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> d
             met.add(SHARED.get(name, name))
             weights += n * k * (style.refresh + ACCUMULATE_BYTES * (micro - 1))
     parameters = count_parameters(cfg, QuantSpec()).total
+    muon = sum(newton_schulz_operations(n, k) for n, k in block_linears(cfg).values()) * cfg.layers * work.newton_schulz
     return {
         "block matmuls": matmuls,
         "attention": 3 * 4.0 * tokens * cfg.layers * cfg.attention_width * (work.sequence_length / 2) / float_rate,
@@ -232,7 +237,14 @@ def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> d
         "activations": activations / rates.bandwidth,
         "weights": weights / rates.bandwidth,
         "optimizer": OPTIMIZER_BYTES * parameters / rates.bandwidth,
+        **({"orthogonalisation": muon / rates.bf16} if muon else {}),
     }
+
+
+def newton_schulz_operations(n: int, k: int) -> int:
+    """Operations of one of Muon's iterations, ``a X + (b A + c A A) X`` with ``A = X X^T``, on a matrix (n, k)."""
+    short, long = min(n, k), max(n, k)
+    return 4 * short * short * long + 2 * short**3
 
 
 def matmul_seconds(m: int, k: int, n: int, kinds: tuple[str, ...], rates: DeviceRates) -> float:

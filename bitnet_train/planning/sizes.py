@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.nn.config import ModelConfig
-from bitnet_train.nn.layout import Role, parameter_table, quantised_layers
+from bitnet_train.nn.layout import Role, learned_scales, parameter_table, quantised_layers
 from bitnet_train.planning.optimizer_state import optimizer_state
+from bitnet_train.planning.parameters import count_scales
 from bitnet_train.quant.spec import CODES_PER_BYTE, QuantSpec
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
@@ -19,12 +20,14 @@ BINARY_PER_BYTE = 8
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
-def checkpoint_bytes(cfg: ModelConfig, optimizer: OptimizerConfig | None = None) -> int:
-    """Size of a training checkpoint: float32 weights and the optimizer's state (AdamW's if none is given), and the
-    file's entries."""
-    table = parameter_table(cfg)
+def checkpoint_bytes(cfg: ModelConfig, spec: QuantSpec, optimizer: OptimizerConfig | None = None) -> int:
+    """Size of a training checkpoint: float32 weights and learned scales and the optimizer's state (AdamW's if none is
+    given), and the file's entries."""
+    table, scales = parameter_table(cfg), learned_scales(cfg, spec)
     state = optimizer_state(optimizer or AdamWConfig(), cfg)
-    return FLOAT32 * sum(p.size for p in table) + state.bytes + ENTRY_BYTES * (len(table) + state.tensors)
+    weights = FLOAT32 * sum(p.size for p in table) + state.bytes
+    entries = len(table) + state.tensors + 4 * len(scales)  # a scale, two moments and a count of steps
+    return weights + 3 * FLOAT32 * count_scales(cfg, spec) + ENTRY_BYTES * entries
 
 
 @dataclass(frozen=True)

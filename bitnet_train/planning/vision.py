@@ -13,7 +13,7 @@ from bitnet_train.planning.curve import CurvePoint, characteristic_points
 from bitnet_train.planning.flops import image_flops, training_flops_per_image
 from bitnet_train.planning.memory import FLOAT32, TrainingMemory, compute_bytes
 from bitnet_train.planning.optimizer_state import optimizer_state
-from bitnet_train.planning.parameters import ParameterCounts, count_parameters
+from bitnet_train.planning.parameters import ParameterCounts, count_parameters, count_scales
 from bitnet_train.planning.sizes import ExportSize, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.training.batch_warmup import BatchPlan
@@ -75,7 +75,7 @@ def estimate_images(cfg: RunConfig, dtype: ExportDtype) -> ImageEstimate:
         images=cfg.trainer.max_steps * plan.batch_sequences,
         memory=_memory(model, spec, cfg.trainer.precision, cfg.optimizer),
         precision=cfg.trainer.precision,
-        checkpoint_bytes=checkpoint_bytes(model, cfg.optimizer),
+        checkpoint_bytes=checkpoint_bytes(model, spec, cfg.optimizer),
         exports=export_sizes(model, spec, dtype),
         export_dtype=dtype.value,
         curve=characteristic_points(cfg),
@@ -87,13 +87,14 @@ def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str, optimizer: O
     counts, compute = count_parameters(cfg, spec), compute_bytes(precision)
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     rows = sum(shapes[name][0] for name in quantised_layers(cfg, spec))
+    scales = FLOAT32 * count_scales(cfg, spec)
     # Autocast converts the weights of float layers; positions are added as they are.
     positions = shapes["positions"][0] * shapes["positions"][1] if "positions" in shapes else 0
     floats = counts.embedding - positions + counts.head + counts.linear.get("float", 0)
     return TrainingMemory(
-        master_weights=FLOAT32 * counts.total,
-        gradients=FLOAT32 * counts.total,
-        optimizer_state=optimizer_state(optimizer, cfg).bytes,
+        master_weights=FLOAT32 * counts.total + scales,
+        gradients=FLOAT32 * counts.total + scales,
+        optimizer_state=optimizer_state(optimizer, cfg).bytes + 2 * scales,
         code_buffers=counts.quantised + FLOAT32 * rows,
         compute_copies=0 if compute == FLOAT32 else compute * floats,
         activations={},

@@ -126,18 +126,19 @@ def test_counts_are_the_audits(spec: str, tied: bool) -> None:
     assert (counts.head == 0) is tied
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(LayerQuant(groups="row", trainable_scale=True))])
 @pytest.mark.parametrize("rule", [AdamWConfig(), MuonConfig()], ids=lambda rule: rule.name)
-def test_checkpoint_size(rule: OptimizerConfig) -> None:
+def test_checkpoint_size(rule: OptimizerConfig, spec: QuantSpec) -> None:
     # A real last.ckpt of the tiny recipe, weights and AdamW's state.
-    assert checkpoint_bytes(compose_config("+recipe=tiny").model) == pytest.approx(53_612_751, rel=1e-3)
-    model = Decoder(SMALL, QuantSpec())
+    assert checkpoint_bytes(compose_config("+recipe=tiny").model, QuantSpec()) == pytest.approx(53_612_751, rel=1e-3)
+    model = Decoder(SMALL, spec)
     optimizer = build_optimizer(rule, model)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
     stream = io.BytesIO()
     torch.save({"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, stream)
     entries = 4 * len(list(model.parameters()))
-    assert abs(len(stream.getvalue()) - checkpoint_bytes(SMALL, rule)) < ENTRY_BYTES * entries
+    assert abs(len(stream.getvalue()) - checkpoint_bytes(SMALL, spec, rule)) < ENTRY_BYTES * entries
 
 
 def test_export_sizes_count_codes_and_scales() -> None:

@@ -1,5 +1,7 @@
 """The roofline's arithmetic against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from bitnet_train.nn.config import DecoderConfig
@@ -44,6 +46,14 @@ def test_bytes_of_a_dense_step() -> None:
     assert parts["weights"] == 120 * 24
     # Embedding 40, weights 120, norms 4 + 4 + 4 + 6 and the final 4.
     assert parts["optimizer"] == 40 * (40 + 120 + 22)
+
+
+def test_muon_orthogonalises_the_matrices_of_the_blocks() -> None:
+    five = replace(work("compiled dense", "fp32"), newton_schulz=5)
+    # Of (n, k): X X^T and B X take 2 s*s*l operations each, A A 2 s^3. q and o 4x4, k and v 2x4, three of 6x4.
+    operations = 2 * (4 * 4 * 4 * 4 + 2 * 4**3) + 2 * (4 * 2 * 2 * 4 + 2 * 2**3) + 3 * (4 * 4 * 4 * 6 + 2 * 4**3)
+    assert step_prediction(MODEL, five, RATES)["orthogonalisation"] == pytest.approx(5 * operations / 2)
+    assert "orthogonalisation" not in step_prediction(MODEL, work("compiled dense", "fp32"), RATES)
 
 
 def test_a_ternary_step_runs_each_matmul_at_its_rate() -> None:
