@@ -11,7 +11,8 @@ component              bytes
 =====================  ===============================================================================================
 master weights         4 per parameter
 gradients              4 per parameter
-optimizer state        8 per parameter (two moments in float32); under Muon 4 per parameter of the blocks' matrices
+optimizer state        8 per parameter (two moments in float32); under Muon 4 per parameter of the blocks' matrices;
+                       under adamw_8bit 2 and 8 per block for parameters of 4096 numbers and more
 code buffers           1 per quantised parameter, 4 per quantised row
 learned scales         16 each: their weight, gradient and AdamW's moments, counted with those
 compute-type copies    c per parameter of float linear layers, which autocast converts (0 in 32-true)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bitnet_train.nn.config import ModelConfig
 from bitnet_train.nn.layout import ParameterInfo, parameter_table
-from bitnet_train.training.optimizers.config import MuonConfig, OptimizerConfig
+from bitnet_train.training.optimizers.config import AdamW8bitConfig, MuonConfig, OptimizerConfig
 from bitnet_train.training.optimizers.factors import block_number
 
 FLOAT32 = 4
@@ -12,19 +12,34 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """Bytes of the moments, all float32, and the number of tensors, AdamW's step counts included."""
+    """Bytes of the moments, and the number of tensors, AdamW's step counts included."""
 
     bytes: int
     tensors: int
 
 
 def optimizer_state(optimizer: OptimizerConfig, model: ModelConfig) -> OptimizerState:
-    """Muon keeps one moment of the matrices of the blocks; AdamW two moments and a step of everything else."""
-    moments = {p: 1 if _orthogonalised(optimizer, p) else 2 for p in parameter_table(model)}
-    return OptimizerState(
-        bytes=sum(FLOAT32 * p.size * kept for p, kept in moments.items()),
-        tensors=sum(1 if kept == 1 else 3 for kept in moments.values()),
-    )
+    """Muon keeps one moment of the matrices of the blocks; AdamW two moments and a step of everything else.
+
+    With moments of 8 bits a number takes a byte, and a block of them a scale.
+    """
+    size = tensors = 0
+    for parameter in parameter_table(model):
+        if isinstance(optimizer, AdamW8bitConfig) and _quantised(optimizer, parameter):
+            size += 2 * (parameter.size + FLOAT32 * parameter.size // optimizer.block_size)
+            tensors += 5
+        elif _orthogonalised(optimizer, parameter):
+            size += FLOAT32 * parameter.size
+            tensors += 1
+        else:
+            size += 2 * FLOAT32 * parameter.size
+            tensors += 3
+    return OptimizerState(size, tensors)
+
+
+def _quantised(optimizer: AdamW8bitConfig, parameter: ParameterInfo) -> bool:
+    """What torchao quantises."""
+    return parameter.size >= 4096 and parameter.size % optimizer.block_size == 0
 
 
 def _orthogonalised(optimizer: OptimizerConfig, parameter: ParameterInfo) -> bool:

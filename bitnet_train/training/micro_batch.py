@@ -24,11 +24,13 @@ from bitnet_train.nn.decoder import Decoder
 from bitnet_train.planning.fitting import SHARE, MemoryLine, climb, divisors
 from bitnet_train.planning.machine_memory import ResidentMemory, available_memory, give_back_free_memory
 from bitnet_train.planning.memory import training_memory
+from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.config import RunConfig, micro_batches, step_sequences
 from bitnet_train.training.device import Choices
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.optimizers.build import build_optimizer
+from bitnet_train.training.optimizers.config import AdamW8bitConfig
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Two sizes whose peaks lie further apart than this make a line; below it is noise (pages, the allocator's arenas).
@@ -175,6 +177,8 @@ def find_micro_batch(
 
 def optimizer_bytes(cfg: RunConfig) -> int:
     """Bytes of the optimizer's state, by a step of the real optimizer on parameters without storage."""
+    if isinstance(cfg.optimizer, AdamW8bitConfig):  # would compile for that step
+        return optimizer_state(cfg.optimizer, cfg.model).bytes
     with torch.device("meta"):
         shadow = Decoder(cfg.decoder, build_spec(cfg.quant))
     for parameter in shadow.parameters():

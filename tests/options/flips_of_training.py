@@ -70,11 +70,15 @@ FLIPS: dict[str, Flip] = {
            see="wandb"),
 }  # fmt: skip
 
-for optimizer in ("adamw", "muon"):
+FLIPS |= each({"lr": "1e-4", "weight_decay": "0.5", "layer_lr_decay": "0.5", "betas": "[0.5,0.5]", "eps": "0.1",
+               "block_size": "64"}, "optimizer=adamw_8bit", under="optimizer=adamw_8bit.",
+              see="trained_eagerly")  # fmt: skip
+for optimizer in ("adamw", "adamw_8bit", "muon"):
     FLIPS |= items(
         {"pattern": "[{pattern: layers.1.*, lr: 0}]", "lr": "[{pattern: layers.0.*, lr: 0.5}]",
          "weight_decay": "[{pattern: layers.0.*, lr: 0, weight_decay: 9}, {pattern: layers.1.*, weight_decay: 9}]"},
         "[{pattern: layers.0.*, lr: 0}]", f"optimizer={optimizer}", under=f"optimizer={optimizer}.groups",
+        see="trained_eagerly" if optimizer == "adamw_8bit" else "trained",
     )  # fmt: skip
 
 RATE = {"share": "0.5", "lr": "1", "shape": "linear", "final": "0.5"}

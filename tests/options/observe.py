@@ -95,6 +95,12 @@ def trained(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     return {"ended": ended, "rows": rows, "files": sorted(p.name for p in folder.glob("checkpoints/step-*")), **texts}
 
 
+def trained_eagerly(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same without torch.compile, which takes long for an optimizer of another library."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return trained(place, changes, monkeypatch)
+
+
 def _text(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.optimizers.config import AdamWConfig, MuonConfig, OptimizerConfig
+from bitnet_train.training.optimizers.config import AdamW8bitConfig, AdamWConfig, MuonConfig, OptimizerConfig
+from bitnet_train.training.optimizers.eight_bit import build_adamw_8bit
 from bitnet_train.training.optimizers.factors import block_number, depth_factor, matches
 from bitnet_train.training.optimizers.joined import JoinedOptimizer
 from bitnet_train.training.optimizers.restore import fit_saved_state
@@ -53,6 +54,10 @@ def _adamw(cfg: AdamWConfig, model: nn.Module) -> torch.optim.Optimizer:
     return _adamw_of(parameter_groups(model, cfg), cfg)
 
 
+def _adamw_8bit(cfg: AdamW8bitConfig, model: nn.Module) -> torch.optim.Optimizer:
+    return build_adamw_8bit([{**group, "algorithm": cfg.name} for group in parameter_groups(model, cfg)], cfg)
+
+
 def _muon(cfg: MuonConfig, model: nn.Module) -> torch.optim.Optimizer:
     matrices: Groups = []
     others: Groups = []
@@ -78,6 +83,7 @@ def _muon(cfg: MuonConfig, model: nn.Module) -> torch.optim.Optimizer:
 # Add an optimizer: a dataclass in training.config.OPTIMIZER_CONFIGS, and its builder here.
 OPTIMIZERS: dict[type[OptimizerConfig], Callable[..., torch.optim.Optimizer]] = {
     AdamWConfig: _adamw,
+    AdamW8bitConfig: _adamw_8bit,
     MuonConfig: _muon,
 }
 

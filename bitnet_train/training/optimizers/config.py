@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 
 from omegaconf import MISSING
 
@@ -50,6 +51,16 @@ class AdamWConfig(OptimizerConfig):
     eps: float = 1e-8
 
 
+@dataclass
+class AdamW8bitConfig(AdamWConfig):
+    """AdamW whose moments take 8 bits: 2 bytes per parameter instead of 8 (torchao; arXiv 2110.02861)."""
+
+    name: str = "adamw_8bit"
+    # Numbers of a moment that share a scale. Parameters of fewer than 4096 numbers, or of no multiple of this, keep
+    # float32 moments.
+    block_size: int = 256
+
+
 class AdjustLr(Enum):
     """How Muon's rate depends on the shape of a matrix (torch.optim.Muon's adjust_lr_fn)."""
 
@@ -79,7 +90,11 @@ class MuonConfig(OptimizerConfig):
     eps: float = 1e-8
 
 
-OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig, "muon": MuonConfig}
+OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {
+    "adamw": AdamWConfig,
+    "adamw_8bit": AdamW8bitConfig,
+    "muon": MuonConfig,
+}
 
 
 def check_optimizer(cfg: OptimizerConfig, parameters: Iterable[ParameterInfo]) -> None:
@@ -100,6 +115,11 @@ def check_optimizer(cfg: OptimizerConfig, parameters: Iterable[ParameterInfo]) -
         raise ConfigError(
             f"optimizer.betas must be two numbers in [0, 1) and eps positive, they are {cfg.betas} and {cfg.eps:g}."
         )
+    if isinstance(cfg, AdamW8bitConfig):
+        if cfg.block_size < 1:
+            raise ConfigError(f"optimizer.block_size is {cfg.block_size}; it must be at least 1.")
+        if find_spec("torchao") is None:
+            raise ConfigError('optimizer=adamw_8bit is torchao\'s: install it with pip install "bitnet-train[lowbit]".')
     if isinstance(cfg, MuonConfig):
         _check_muon(cfg)
         if not any(block_number(p.name) is not None and len(p.shape) == 2 for p in parameters):
