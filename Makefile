@@ -2,6 +2,8 @@
 # make test: the same set-up, then the tests. make check-kernels: the GPU kernels, on a machine without a GPU.
 
 PYTHON ?= python3
+# Test processes; each computes with one thread.
+JOBS   ?= auto
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -19,7 +21,7 @@ demo: setup
 	@echo "next:      $(BIN)/python -m bitnet_train --help"
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 setup: $(READY)
 

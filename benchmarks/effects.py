@@ -115,6 +115,19 @@ SCREEN: dict[str, dict[str, list[str]]] = {
         "pull to the codes": ["regulariser=codes"],
         "code entropy": ["regulariser=entropy"],
     },
+    "combinations of what helped": {
+        "muon lr 1e-2": ["optimizer=muon", "optimizer.lr=1e-2"],
+        "muon 2e-2, wsd": ["optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
+        "muon 2e-2, lambda": ["optimizer=muon", "optimizer.lr=2e-2", "quant/progressive=lambda"],
+        "muon 2e-2, wsd, lambda": [
+            "optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd", "quant/progressive=lambda"
+        ],
+        "wsd, lambda": ["schedule=wsd", "quant/progressive=lambda"],
+        "wsd, lr 12e-3": ["schedule=wsd", "optimizer.lr=12e-3"],
+        "dense, wsd": ["quant=none", "schedule=wsd"],
+        "dense, muon 2e-2": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2"],
+        "dense, muon 1e-2": ["quant=none", "optimizer=muon", "optimizer.lr=1e-2"],
+    },
 }  # fmt: skip
 
 
@@ -122,6 +135,13 @@ SCREEN: dict[str, dict[str, list[str]]] = {
 CONFIRM: dict[str, list[str]] = {
     "ternary (tiny)": [],
     "dense": ["quant=none", "optimizer.lr=3e-3"],
+    "muon lr 2e-2": ["optimizer=muon", "optimizer.lr=2e-2"],
+    "muon, lambda": ["optimizer=muon", "optimizer.lr=2e-2", "quant/progressive=lambda"],
+    "dense, muon": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2"],
+    "lambda linear 20 %": ["quant/progressive=lambda"],
+    "wsd": ["schedule=wsd"],
+    "warm-up 20 %": ["schedule.warmup=0.2"],
+    "blocks at half the rate": ["optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
 CONFIRM_STEPS = 2100
 CONFIRM_SEEDS = (1, 2, 3)

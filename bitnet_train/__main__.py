@@ -340,11 +340,13 @@ def job_name(overrides: list[str], swept: set[str]) -> str:
     A setting that may change when a run is continued is left out unless the sweep tries several values of it, so that
     the same sweep with more steps continues its runs.
     """
-    parts = []
+    tried: list[str] = []
+    fixed: list[str] = []
     for line in overrides:
         key, _, value = line.lstrip("+").partition("=")
         if key not in NAMELESS and (key in swept or not may_change(key)):
-            parts.append(f"{key}={value}")
+            (tried if key in swept else fixed).append(f"{key}={value}")
+    parts = [*tried, *fixed]  # a long name is cut at its end, which the jobs have in common
     # No comma: Hydra would read run=NAME as a list of values.
     name = "+".join(re.sub(r"[^\w=.-]+", "_", part).strip("_.-") for part in parts)
     if len(name) > LONGEST_NAME:

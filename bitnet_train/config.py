@@ -21,6 +21,7 @@ from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
 from bitnet_train.export.config import ConvertConfig, ExportConfig, check_convert
 from bitnet_train.export.rules import check_formats
+from bitnet_train.finite import check_finite
 from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, DecoderConfig, check_decoder, check_init
 from bitnet_train.nn.layout import check_init_overrides, check_spec
@@ -127,6 +128,7 @@ MAY_CHANGE = (
 def validate(cfg: Config) -> None:
     """Every rule between fields, before any work. Raises ConfigError with the first that is broken."""
     check_names(cfg)
+    check_finite(cfg)
     for name in ("runs", "data"):
         if not getattr(cfg.paths, name):
             raise ConfigError(f"paths.{name} is empty: give a folder.")
@@ -157,7 +159,7 @@ def _check_language(cfg: Config) -> None:
     check_decoder(model)
     spec = build_spec(cfg.quant)
     if cfg.command is Command.convert:
-        check_convert(cfg.convert, spec.quantised)
+        check_convert(cfg.convert, spec, cfg.quant.progressive.name)
     else:
         check_spec(model, spec)  # a foreign model has layers of its own
     check_init(cfg.init, model.norms)

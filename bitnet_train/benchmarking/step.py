@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitnet_train.benchmarking.contenders import Contender
 from bitnet_train.nn.code_cache import CodeCache
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.rules import build_clip
 from bitnet_train.training.config import batch_plan
 from bitnet_train.training.guard.rule import build_guard
@@ -55,7 +56,9 @@ class TrainingStep:
         guard = build_guard(cfg.guard)
         self.guard = None if guard is None else guard.to(self.device)
         self.cache = CodeCache(self.decoder, self.optimizer)
-        self.regulariser = build_regulariser(cfg.regulariser, self.decoder, cfg.trainer.max_steps)
+        self.regulariser = build_regulariser(
+            cfg.regulariser, self.decoder, build_spec(cfg.quant), cfg.trainer.max_steps
+        )
         self._compute = self._batch_loss()
 
     @property

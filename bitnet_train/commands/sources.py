@@ -18,7 +18,7 @@ from bitnet_train.export.writers import is_export, load_any_export
 from bitnet_train.kernels.backend import Backend, choose_backend
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import block_count
-from bitnet_train.quant.progress import quant_state
+from bitnet_train.quant.progress import finished_spec
 from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.training.run_folder import RunFolder
 
@@ -97,15 +97,8 @@ def spec_after(cfg: Config, path: Path, step: int) -> QuantSpec:
 
     Raises ConfigError while the weights are not quantised yet.
     """
-    total = max(1, cfg.trainer.max_steps)
     spec, blocks = build_spec(cfg.quant), block_count(cfg.model)
-    state = quant_state(cfg.quant.progressive, spec, max(0, step - 1), total, blocks)
-    if not state.complete:
-        raise ConfigError(
-            f"{path} is of step {step}, where the weights are still on their way to codes "
-            f"(quant.progressive={cfg.quant.progressive.name}): train the run to its end."
-        )
-    return state.spec
+    return finished_spec(cfg.quant.progressive, spec, step, cfg.trainer.max_steps, blocks, str(path))
 
 
 @dataclass(frozen=True)

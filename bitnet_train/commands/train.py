@@ -15,6 +15,7 @@ from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.nn.config import initial_source
+from bitnet_train.quant.progress import moved_back
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
 from bitnet_train.training.losses.config import DistillationLoss
@@ -73,6 +74,7 @@ def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console
     if first == 0 and start is not None and cfg.trainer.max_steps > 0:
         start = None  # a run that has only saved its initial weights makes them again
         initial = _initial_weights(cfg)
+    _say_moved(cfg, folder, first, console)
     folder.save_config(to_yaml(cfg))
     return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
 
@@ -87,8 +89,20 @@ def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, console: Conso
     assert cfg.run_name is not None
     start = folder.last_checkpoint or fork
     first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
+    _say_moved(cfg, folder, first, console)
     folder.save_config(to_yaml(cfg))
     return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
+
+
+def _say_moved(cfg: Config, folder: RunFolder, first: int, console: Console) -> None:
+    """One line when another trainer.max_steps takes the quantisation of a continued run back."""
+    saved = folder.saved_config()
+    before = int(saved["trainer"]["max_steps"]) if saved is not None else 0
+    if first == 0 or before == cfg.trainer.max_steps or not before:
+        return
+    sentence = moved_back(cfg.quant.progressive, build_spec(cfg.quant), first, before, cfg.trainer.max_steps)
+    if sentence is not None:
+        console.print(f"warning: {sentence}", markup=False)
 
 
 def _result(cfg: Config, result: Any) -> str:

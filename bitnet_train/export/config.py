@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.quant.spec import QuantSpec
 
 
 class ExportDtype(Enum):
@@ -88,16 +89,24 @@ def convert_source(cfg: ConvertConfig) -> str | None:
     return getattr(cfg, "from")
 
 
-def check_convert(cfg: ConvertConfig, quantised: bool) -> None:
-    """Raises ConfigError when ``command=convert`` cannot start: folders, packages, or nothing to quantise to."""
+def check_convert(cfg: ConvertConfig, spec: QuantSpec, progressive: str) -> None:
+    """Raises ConfigError when ``command=convert`` cannot start: folders, packages, or quant= settings of training."""
     source = convert_source(cfg)
     if source is None or cfg.to is None:
         missing = "convert.from=FOLDER" if source is None else "convert.to=FOLDER"
         raise ConfigError(f"command=convert needs {missing}: it reads a checkpoint of transformers and writes another.")
-    if not quantised:
+    if not spec.quantised:
         raise ConfigError(
             "command=convert with quant=none would convert nothing: choose quant=ternary or quant=binary."
         )
+    of_training = {
+        "quant.weight.trainable_scale": any(q.trainable_scale for q in (spec.default, *(q for _, q in spec.overrides))),
+        "quant.overrides with since": bool(spec.late),
+        f"quant/progressive={progressive}": progressive != "none",
+    }
+    for setting, given in of_training.items():
+        if given:
+            raise ConfigError(f"command=convert writes master weights and trains nothing: leave out {setting}.")
     folder, to = Path(source).expanduser(), Path(cfg.to).expanduser()
     if not (folder / "config.json").is_file():
         raise ConfigError(f"convert.from={source} has no config.json: give the folder of a checkpoint of transformers.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
 from bitnet_train.errors import ConfigError
-from bitnet_train.export.canonical import open_checkpoint
+from bitnet_train.export.canonical import CanonicalCheckpoint, open_checkpoint
 from bitnet_train.export.gguf.reader import gguf_path, read_gguf
 from bitnet_train.export.gguf.tokenizer_metadata import tokenizer_from_metadata
 from bitnet_train.export.hub import download, looks_like_hub_name
@@ -24,7 +24,7 @@ from bitnet_train.export.packed.reader import is_packed, read_packed, read_packe
 from bitnet_train.export.packed.writer import LATER_FIELDS
 from bitnet_train.nn.config import DecoderConfig, Norms, shape_fields
 from bitnet_train.nn.init import reset_scales
-from bitnet_train.nn.layout import parameter_table, quantised_layers
+from bitnet_train.nn.layout import learned_scales, parameter_table, quantised_layers
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.quant.weights import Codes, masters_from_codes
@@ -136,12 +136,28 @@ def _from_run(folder: Path, step: str, cfg: DecoderConfig, spec: QuantSpec, sour
         raise ConfigError(f"init.from={source}: the part after @ must be a step number.")
     path = folder / "checkpoints" / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
     canonical = open_checkpoint(path, held, theirs)
-    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(held)} | _ones(held, cfg) | canonical.learned
-    what = f"step {canonical.step} of {folder}"
+    masters = {p.name: canonical.tensor(p.name) for p in parameter_table(held)} | _ones(held, cfg)
+    learned, left_out = _fitting_scales(canonical, cfg, spec, theirs)
+    masters |= learned
+    what = f"step {canonical.step} of {folder}{left_out}"
     initial = InitialWeights(
         masters, load_tokenizer(folder / "tokenizer"), what, frozenset(), held.norms is not cfg.norms
     )
     return replace(initial, coded=_quantised_in_both(initial, cfg, spec, theirs))
+
+
+def _fitting_scales(
+    canonical: CanonicalCheckpoint, cfg: DecoderConfig, spec: QuantSpec, theirs: QuantSpec
+) -> tuple[dict[str, Tensor], str]:
+    """The learned scales that mean the same in the run, and a clause about those that do not, to be said."""
+    wanted, fitting = learned_scales(cfg, spec), {}
+    for name, scale in canonical.learned.items():
+        layer = name.removesuffix(".weight_scale")
+        same = [(q.scheme, q.bits) for q in (spec.for_layer(layer), theirs.for_layer(layer))]
+        if wanted.get(name) == tuple(scale.shape) and same[0] == same[1]:
+            fitting[name] = scale
+    lost = len(canonical.learned) - len(fitting)
+    return fitting, f"; the learned scales of {lost} layers are left out, which quant= has otherwise" if lost else ""
 
 
 def _masters(

@@ -16,13 +16,14 @@ from bitnet_train.quant.spec import LayerQuant, QuantSpec
 
 
 class Role(Enum):
-    """What a parameter is for; decides weight decay, initialisation and quantisation."""
+    """What a parameter is for; decides weight decay, initialisation and quantisation (scale: a learned one)."""
 
     embedding = "embedding"
     head = "head"
     norm = "norm"
     linear = "linear"
     bias = "bias"
+    scale = "scale"
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,12 @@ def learned_scales(cfg: ModelConfig, spec: QuantSpec) -> dict[str, tuple[int, ..
         for name, layer in quantised_layers(cfg, spec).items()
         if layer.trainable_scale
     }
+
+
+def trained_parameters(cfg: ModelConfig, spec: QuantSpec) -> list[ParameterInfo]:
+    """Every parameter that the optimizer has: the model's, and the learned scales."""
+    scales = [ParameterInfo(name, shape, Role.scale) for name, shape in learned_scales(cfg, spec).items()]
+    return [*parameter_table(cfg), *scales]
 
 
 def check_init_overrides(cfg: ModelConfig, init: InitConfig) -> None:

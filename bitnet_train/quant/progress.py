@@ -63,6 +63,37 @@ def quant_state(cfg: ProgressiveConfig, spec: QuantSpec, step: int, total: int, 
     return QuantState(now)
 
 
+def finished_spec(cfg: ProgressiveConfig, spec: QuantSpec, done: int, total: int, blocks: int, where: str) -> QuantSpec:
+    """What the last of ``done`` steps computed with.
+
+    Raises ConfigError, which names ``where``, while the weights are still on their way to codes.
+    """
+    state = quant_state(cfg, spec, max(0, done - 1), max(1, total), blocks)
+    if not state.complete:
+        raise ConfigError(
+            f"{where} is of step {done}, where the weights are still on their way to codes "
+            f"(quant.progressive={cfg.name}): train the run to its end, or take a later step."
+        )
+    return state.spec
+
+
+def moved_back(cfg: ProgressiveConfig, spec: QuantSpec, done: int, before: int, total: int) -> str | None:
+    """What to say when a run of ``before`` steps goes on after ``done`` of them as one of ``total``, and borders that
+    are shares of the run have moved, so that the next steps are quantised otherwise than they would have been."""
+    last, planned = min(done, before - 1), QuantState(spec)
+    if last >= 0:
+        planned = quant_state(cfg, spec, last, before, blocks=1)
+    now = quant_state(cfg, spec, done, total, blocks=1)
+    if planned == now or done >= total:
+        return None
+    ready = next((s for s in range(done, total) if quant_state(cfg, spec, s, total, 1) == planned), total)
+    return (
+        f"trainer.max_steps went from {before} to {total}, and borders in quant.progressive or quant.overrides that "
+        f"are shares of the run moved with it: steps {done + 1} to {ready} are quantised otherwise than the last ones "
+        "were; to keep the borders, give them as steps."
+    )
+
+
 def ramp(shape: Ramp, progress: float) -> float:
     """From 0 at progress 0 to 1 at progress 1."""
     if shape is Ramp.linear:

@@ -2,7 +2,7 @@
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import initial_source
-from bitnet_train.nn.layout import parameter_table
+from bitnet_train.nn.layout import trained_parameters
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, micro_batches, step_plan
@@ -17,7 +17,7 @@ from bitnet_train.training.telemetry.config import check_telemetry
 def check_training(cfg: RunConfig) -> None:
     """Raises ConfigError for training settings that are out of range or do not fit together."""
     check_trainer(cfg)
-    parameters = parameter_table(cfg.model)
+    parameters = trained_parameters(cfg.model, build_spec(cfg.quant))
     check_optimizer(cfg.optimizer, parameters)
     check_clip(cfg.clip, [p.name for p in parameters], cfg.trainer.max_steps)
     check_telemetry(cfg.telemetry)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, step_plan
 from bitnet_train.training.guard.rule import build_guard
@@ -40,7 +41,7 @@ class TrainingModule(L.LightningModule):
         setattr(self, self.NETWORK, network)
         self.guard = build_guard(cfg.guard)
         self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
-        self.regulariser = build_regulariser(cfg.regulariser, network, cfg.trainer.max_steps)
+        self.regulariser = build_regulariser(cfg.regulariser, network, build_spec(cfg.quant), cfg.trainer.max_steps)
         # A sum over the samples of a step: Lightning divides the loss of each micro-batch by their number.
         self._micro_batches: int | None = None
         if isinstance(cfg.loss, CrossEntropyLoss) and cfg.loss.reduction is Reduction.sum:

@@ -381,6 +381,12 @@ def test_jobs_and_their_names(overrides: list[str], names: list[str]) -> None:
     assert [job_name(line, swept) for line in combinations] == names
 
 
+def test_long_names_keep_what_the_jobs_differ_in() -> None:
+    swept, combinations = expand([f"data.corpus.path={'x' * 300}", "clip=norm,zscore"])
+    names = [job_name(line, swept) for line in combinations]
+    assert [name.partition("+")[0] for name in names] == ["clip=norm", "clip=zscore"]
+
+
 def test_long_names_of_jobs_stay_distinct_and_short() -> None:
     one, two = (job_name([f"data.corpus.path={'x' * 300}{end}"], set()) for end in "ab")
     assert one != two

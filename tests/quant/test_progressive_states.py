@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from bitnet_train.errors import ConfigError
 from bitnet_train.quant.config import (
     BitsProgressive,
     BitStage,
@@ -18,7 +19,7 @@ from bitnet_train.quant.config import (
     Ramp,
     SwitchProgressive,
 )
-from bitnet_train.quant.progress import QuantState, block_order, quant_state, ramp
+from bitnet_train.quant.progress import QuantState, block_order, finished_spec, moved_back, quant_state, ramp
 from bitnet_train.quant.spec import LateInputs, LayerQuant, QuantSpec
 
 LATE = QuantSpec(late=(LateInputs("*", 0.9, (("activation_bits", 4),)),))
@@ -153,3 +154,41 @@ def test_the_last_step_is_what_ships_and_a_state_is_a_function_of_the_step(cfg: 
 
 def test_without_a_way_everything_is_quantised_from_the_first_step_on() -> None:
     assert all(state == QuantState(QuantSpec()) and state.complete for state in states(NotProgressive()))
+
+
+def test_a_finished_spec_is_that_of_the_last_step() -> None:
+    way, spec = SwitchProgressive(at=0.5), QuantSpec()
+    assert finished_spec(way, spec, 10, 10, 4, "x") == spec
+    assert finished_spec(way, spec, 6, 10, 4, "x") == spec
+    with pytest.raises(ConfigError, match="x is of step 5, where the weights are still on their way to codes"):
+        finished_spec(way, spec, 5, 10, 4, "x")
+
+
+@pytest.mark.parametrize(
+    ("way", "done", "before", "total", "steps"),
+    [
+        (SwitchProgressive(at=0.5), 6, 6, 20, "steps 7 to 10 "),
+        (SwitchProgressive(at=4), 6, 6, 20, None),
+        (SwitchProgressive(at=0.5), 6, 6, 10, None),
+        (SwitchProgressive(at=0.5), 2, 6, 20, None),
+        (LambdaProgressive(until=0.5), 10, 10, 40, "steps 11 to 20 "),
+        (BitsProgressive(stages=[BitStage(8, 0.2), BitStage(4, 0.4)]), 20, 20, 100, "steps 21 to 40 "),
+        (NotProgressive(), 6, 6, 20, None),
+    ],
+)
+def test_borders_that_move_back_are_said(
+    way: ProgressiveConfig, done: int, before: int, total: int, steps: str | None
+) -> None:
+    said = moved_back(way, QuantSpec(), done, before, total)
+    assert (said is None) is (steps is None)
+    if said is not None:
+        assert f"trainer.max_steps went from {before} to {total}" in said
+        assert steps is not None
+        assert steps in said
+
+
+def test_late_inputs_that_move_back_are_said() -> None:
+    late = LateInputs("*", 0.8, (("activation_bits", 4),))
+    said = moved_back(NotProgressive(), QuantSpec(late=(late,)), 40, 40, 80)
+    assert said is not None
+    assert "steps 41 to 64 " in said

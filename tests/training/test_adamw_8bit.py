@@ -123,6 +123,23 @@ def test_another_adamw_starts_without_a_past_and_says_so() -> None:
     assert not optimizer.state
 
 
+def test_a_fork_may_have_other_blocks() -> None:
+    model, optimizer = trained(AdamW8bitConfig(**SETTINGS), 3)
+    saved = through_a_file(optimizer.state_dict())
+    for size in (64, 5120):  # the second divides the FFN's matrices and not those of 4096 numbers
+        fork = build_optimizer(AdamW8bitConfig(**SETTINGS, block_size=size), model)
+        fork.load_state_dict(saved)
+        for parameter, state in fork.state.items():
+            before = optimizer.state[parameter]["exp_avg"]
+            if parameter.numel() >= 4096:
+                moment = state["exp_avg"]
+                assert getattr(moment, "block_size", size) == size
+                float_moment = moment.dequantize() if hasattr(moment, "dequantize") else moment
+                torch.testing.assert_close(float_moment, before.dequantize(), rtol=0.1, atol=float(before.scale.max()))
+        take_gradients(model, 7)
+        fork.step()
+
+
 def test_a_skipped_step_leaves_weights_and_moments() -> None:
     model, optimizer = trained(AdamW8bitConfig(**SETTINGS), 2)
     before, state = weights(model), through_a_file(optimizer.state_dict())["state"]

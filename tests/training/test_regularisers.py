@@ -23,7 +23,7 @@ from bitnet_train.training.regularisers.config import (
     check_regulariser,
     strength_at,
 )
-from bitnet_train.training.regularisers.penalties import build_regulariser, code_penalty, entropy_penalty
+from bitnet_train.training.regularisers.penalties import build_regulariser, code_penalty, entropy_penalty, fixed_point
 from tests.training.conftest import Workspace
 from tests.training.in_process import InProcess
 
@@ -40,7 +40,7 @@ def test_the_distance_from_codes_by_hand(distance: CodeDistance) -> None:
     # u = w / 2 is 0.25, 1.5, -1; off by 0.25, 0.5, 0.
     weight = torch.tensor([[0.5, 3.0, -2.0]])
     codes = Codes(torch.tensor([[0, 1, -1]], dtype=torch.int8), torch.tensor([2.0]))
-    value, grad = code_penalty(weight, codes, distance, CodeTarget.scale)
+    value, grad = code_penalty(weight, codes, distance, CodeTarget.scale, LayerQuant())
     if distance is CodeDistance.squared:
         assert float(value) == pytest.approx((0.0625 + 0.25) / 3)
         assert grad.tolist()[0] == pytest.approx([2 * 0.25 / 2 / 3, 2 * 0.5 / 2 / 3, 0.0])
@@ -48,7 +48,7 @@ def test_the_distance_from_codes_by_hand(distance: CodeDistance) -> None:
         assert float(value) == pytest.approx(0.25)
         assert grad.tolist()[0] == pytest.approx([1 / 6, 1 / 6, 0.0])
     # Two codes of three are nonzero, so their fixed point is at 1.5 scales.
-    value, _ = code_penalty(weight, codes, distance, CodeTarget.fixed_point)
+    value, _ = code_penalty(weight, codes, distance, CodeTarget.fixed_point, LayerQuant())
     assert float(value) == pytest.approx((0.0625 + 0 + 0.25) / 3 if distance is CodeDistance.squared else 0.25)
 
 
@@ -63,7 +63,7 @@ def test_the_gradient_of_the_distance_is_autograds(distance: CodeDistance, targe
         places = masters_from_codes(codes, LayerQuant(scheme, groups=4))
     off = (leaf - places) / codes.row_scale()[:, None]
     wanted = off.square().mean() if distance is CodeDistance.squared else off.abs().mean()
-    value, grad = code_penalty(weight, codes, distance, target)
+    value, grad = code_penalty(weight, codes, distance, target, LayerQuant(scheme, groups=4))
     torch.testing.assert_close(value, wanted.detach())
     torch.testing.assert_close(grad, torch.autograd.grad(wanted, leaf)[0])
 
@@ -75,17 +75,59 @@ def test_only_the_fixed_point_is_one() -> None:
         before = quantise_weight(weight, layer)
         for _ in range(300):
             codes = quantise_weight(weight, layer)
-            weight = (
-                weight
-                - 0.05 * weight.numel() * codes.scale**2 * code_penalty(weight, codes, CodeDistance.squared, target)[1]
-            )
+            pull = code_penalty(weight, codes, CodeDistance.squared, target, layer)[1]
+            weight = weight - 0.05 * weight.numel() * codes.scale**2 * pull
         after = quantise_weight(weight, layer)
         scales[target] = float(after.scale / before.scale)
         if target is CodeTarget.fixed_point:
             assert torch.equal(after.codes, before.codes)
-            assert float(code_penalty(weight, after, CodeDistance.squared, target)[0]) < 1e-6
+            assert float(code_penalty(weight, after, CodeDistance.squared, target, layer)[0]) < 1e-6
     assert scales[CodeTarget.fixed_point] == pytest.approx(1, abs=0.1)
     assert scales[CodeTarget.scale] < 0.1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LayerQuant("binary", groups=4),
+        LayerQuant(threshold=0.7, groups="row"),
+        LayerQuant(statistic="absmedian"),
+        LayerQuant("symmetric", bits=2),
+        LayerQuant("symmetric", bits=2, statistic="absmean"),
+        LayerQuant("symmetric", bits=4, groups=4),
+        LayerQuant("symmetric", bits=4, statistic="absmean"),
+        LayerQuant("symmetric", bits=8),
+    ],
+    ids=str,
+)
+def test_the_fixed_point_gives_codes_and_scale_back(layer: LayerQuant) -> None:
+    codes = quantise_weight(torch.randn(64, 96), layer)
+    places = fixed_point(codes, layer) * codes.scale[:, None]
+    weight = (codes.codes.float().reshape(len(codes.scale), -1) * places).reshape(codes.codes.shape)
+    again = quantise_weight(weight, layer)
+    torch.testing.assert_close(again.scale, codes.scale, rtol=1e-6, atol=0)
+    assert torch.equal(again.codes, codes.codes)
+    value, grad = code_penalty(weight, again, CodeDistance.squared, CodeTarget.fixed_point, layer)
+    assert float(value) < 1e-10
+    assert float(grad.abs().max()) < 1e-6
+
+
+def test_a_learned_scale_is_where_its_weights_are_pulled() -> None:
+    layer = LayerQuant(groups="row", trainable_scale=True)
+    codes = quantise_weight(torch.randn(8, 24), LayerQuant(groups="row"))
+    value, _ = code_penalty(codes.dequantise(), codes, CodeDistance.squared, CodeTarget.fixed_point, layer)
+    assert float(value) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("regulariser", ["codes", "entropy regulariser.floor=1.585"])
+def test_stages_of_more_bits_are_left_alone(workspace: Workspace, regulariser: str) -> None:
+    settings = ("quant/progressive=bits", "quant.progressive.stages=[{bits: 8, until: 2}]", "trainer.max_steps=4",
+                *f"regulariser={regulariser}".split(), "regulariser.start=0", "regulariser.ramp=0")  # fmt: skip
+    code, output = InProcess(workspace.folder).run(*settings, "run_name=staged")
+    assert code == 0, output
+    found = [row["loss/regulariser"] for row in workspace.rows("staged")]
+    assert found[:2] == ["", ""]
+    assert all(float(value) > 0 for value in found[2:4])
 
 
 def soft_entropy(weight: Tensor, row_scale: Tensor, threshold: float, temperature: float) -> Tensor:
@@ -143,19 +185,20 @@ def test_the_gradient_of_all_layers_is_the_mean_times_the_strength(cfg: Any, kep
     model = build_decoder(CFG, spec, NormalInit(), 1)
     if kept:
         CodeCache(model)
-    regulariser = build_regulariser(cfg, model, 10)
+    regulariser = build_regulariser(cfg, model, spec, 10)
     assert regulariser is not None
     binary = isinstance(cfg, CodesRegulariser)
     assert len(regulariser.layers) == 2 * (6 if binary else 5)
-    layer = regulariser.layers[0]
+    layers = [layer for layer, _ in regulariser.layers]
+    layer = layers[0]
     layer.weight.grad = torch.ones_like(layer.weight)
     value = regulariser.add_gradients(0)
-    penalties = [regulariser.penalty(each) for each in regulariser.layers]
+    penalties = [regulariser.penalty(each) for each in layers]
     count = len(penalties)
     assert value is not None
     torch.testing.assert_close(value, cfg.strength * torch.stack([v for v, _ in penalties]).mean())
     torch.testing.assert_close(layer.weight.grad, 1 + penalties[0][1] * cfg.strength / count)
-    torch.testing.assert_close(regulariser.layers[-1].weight.grad, penalties[-1][1] * cfg.strength / count)
+    torch.testing.assert_close(layers[-1].weight.grad, penalties[-1][1] * cfg.strength / count)
     assert model.embed_tokens.weight.grad is None
 
 
@@ -164,11 +207,11 @@ def test_strength_is_a_pure_function_of_the_step() -> None:
     assert [strength_at(cfg, step, 10) for step in range(10)] == [0, 0, 0, 0, 0, 2, 4, 6, 8, 8]
     assert strength_at(EntropyRegulariser(strength=5.0), 0, 10) == 5
     model = build_decoder(CFG, QuantSpec(), NormalInit(), 1)
-    regulariser = build_regulariser(cfg, model, 10)
+    regulariser = build_regulariser(cfg, model, QuantSpec(), 10)
     assert regulariser is not None
     assert regulariser.add_gradients(4) is None
     assert all(p.grad is None for p in model.parameters())
-    assert build_regulariser(NoRegulariser(), model, 10) is None
+    assert build_regulariser(NoRegulariser(), model, QuantSpec(), 10) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,12 @@ def online_obstacle(layers: list[LayerQuant]) -> str | None:
         if layer.groups != 1:
             return f"it has one scale per tensor, and these have quant.weight.groups={layer.groups}"
         if layer.activation_bits != 8:
-            return "it quantises the inputs, and these are floats (quant.activation.bits)"
-        if layer != LayerQuant():
-            return f"it knows no layers such as {layer}"
+            inputs = "stay floats" if layer.activation_bits is None else f"have {layer.activation_bits} bits"
+            return f"it quantises inputs to 8 bits, and these {inputs} (quant.activation.bits)"
+        plain = LayerQuant()
+        if layer != plain:
+            others = [f.name for f in fields(plain) if getattr(layer, f.name) != getattr(plain, f.name)]
+            return f"it has no setting for the {' and '.join(others).replace('_', ' ')} of these"
     return None
 
 

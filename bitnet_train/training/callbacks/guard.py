@@ -90,7 +90,7 @@ class GuardWatch(StepCallback):
             logger.save()
         raise DivergedError(
             f"Stopped at step {step}: the guard skipped the last {in_a_row} steps, among them "
-            f"{describe(guard.recent_steps(step - in_a_row))}. The last checkpoint is from before them: fork from it "
-            "(resume.from=) with a lower optimizer.lr, harder clipping or a larger guard.outlier_sigma, or with "
-            "guard.rollback_after to leave the bad samples out."
+            f"{describe(guard.recent_steps(step - in_a_row))}. Start again, or fork from a checkpoint of before "
+            "(resume.from=RUN@STEP), with a lower optimizer.lr, harder clipping or a larger guard.outlier_sigma, or "
+            "with guard.rollback_after to leave the bad samples out."
         )

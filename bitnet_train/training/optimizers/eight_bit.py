@@ -66,7 +66,15 @@ def build_adamw_8bit(groups: list[dict[str, Any]], cfg: AdamW8bitConfig) -> torc
             return value
         table = torch.tensor(get_qmap_signed() if value["signed"] else get_qmap_unsigned())
         codes: Tensor = value["codes"]
-        return OptimState8bit(codes, value["scale"], table.to(codes.device), value["signed"], dtype=torch.float32)
+        state = OptimState8bit(codes, value["scale"], table.to(codes.device), value["signed"], dtype=torch.float32)
+        if state.block_size == cfg.block_size:
+            return state
+        # A fork with other blocks.
+        moment = state.dequantize()
+        if codes.numel() % cfg.block_size:
+            return moment
+        other = OptimState8bit.zeros(codes.shape, value["signed"], cfg.block_size, codes.device, torch.float32)
+        return other.copy_(moment)
 
     optimizer = EightBitAdamW(
         groups,

@@ -34,7 +34,7 @@ class CodeDistance(Enum):
 
 class CodeTarget(Enum):
     """Where a weight with a nonzero code is pulled to: the magnitude at which the quantiser gives these codes and this
-    scale back, which is scale / share of nonzero codes, or the scale itself."""
+    scale back (with absmean scale / share of nonzero codes), or the scale itself."""
 
     fixed_point = "fixed_point"
     scale = "scale"
@@ -64,9 +64,10 @@ class CodesRegulariser(ScheduledRegulariser):
     ramp: float = 0.25
     # squared, or absolute (a pull that does not weaken near the code).
     distance: CodeDistance = CodeDistance.squared
-    # fixed_point: scale / share of nonzero codes. scale: the value in the forward pass. The scale is the mean magnitude
-    # of all weights, zeros included, so weights that reach it make the next scale smaller: with target=scale and more
-    # than a little strength a ternary layer's weights shrink without end. (For binary layers both are the same.)
+    # fixed_point: where codes and scale stay, with absmean scale / share of nonzero codes. scale: the value in the
+    # forward pass. An absmean scale is the mean magnitude of all weights, zeros included, so weights that reach it make
+    # the next one smaller: with more than a little strength a ternary layer's weights shrink without end. (For binary
+    # layers, learned scales, the median and the largest magnitude both are the same.)
     target: CodeTarget = CodeTarget.fixed_point
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
+from bitnet_train.quant.spec import LayerQuant, QuantSpec
 from bitnet_train.quant.weights import Codes
 from bitnet_train.training.regularisers.config import (
     CodeDistance,
@@ -29,22 +30,36 @@ from bitnet_train.training.regularisers.config import (
 Penalty = tuple[Tensor, Tensor]
 
 
-def code_penalty(weight: Tensor, codes: Codes, distance: CodeDistance, target: CodeTarget) -> Penalty:
+def fixed_point(codes: Codes, layer: LayerQuant) -> Tensor:
+    """The magnitude m, in units of the scale, where weights ``c * m * s`` give the scale s back, (groups, 1).
+
+    The scale is the mean magnitude: m = 1 / mean |c|, which for codes of -1, 0 and 1 is one over the share of nonzero
+    ones. LSQ's ``2 * mean / sqrt(largest)`` (symmetric, absmean): m = sqrt(largest) / (2 * mean |c|). The largest
+    magnitude, the median (of codes that are mostly not 0) and a learned scale, which the weights do not move: m = 1.
+    """
+    if layer.trainable_scale or layer.statistic != "absmean":
+        return torch.ones_like(codes.scale)[:, None]
+    magnitudes = codes.codes.float().abs().reshape(len(codes.scale), -1)
+    mean = magnitudes.mean(1, keepdim=True).clamp(min=1 / magnitudes.shape[1])
+    return (0.5 * math.sqrt(layer.largest_code) if layer.scheme == "symmetric" else 1.0) / mean
+
+
+def code_penalty(
+    weight: Tensor, codes: Codes, distance: CodeDistance, target: CodeTarget, layer: LayerQuant
+) -> Penalty:
     """The mean over weights of ``(w / s - c * m)^2`` or ``|w / s - c * m|``, with s the scale of the weight's group.
 
     weight (out, in). With ``target=scale``, m = 1: the mean squared quantisation error, a regulariser of arXiv
     1809.00095, here in units of each group's own scale, so that layers of any spread count alike. With
-    ``target=fixed_point``, m = 1 / share of nonzero codes in the group: where all weights lie there, the mean magnitude
-    is s, so codes and scale stay. With n weights::
+    ``target=fixed_point``, m is :func:`fixed_point` of ``layer``: where all weights lie there, codes and scale stay.
+    With n weights::
 
         d/dw = 2 * (w / s - c * m) / (s * n)     or     sign(w / s - c * m) / (s * n)
     """
     scale = codes.row_scale()[:, None]
     wanted = codes.codes.float()
     if target is CodeTarget.fixed_point:
-        nonzero = wanted.abs().reshape(len(codes.scale), -1)
-        share = nonzero.mean(1, keepdim=True).clamp(min=1 / nonzero.shape[1])
-        wanted = (wanted.reshape(len(codes.scale), -1) / share).reshape(wanted.shape)
+        wanted = (wanted.reshape(len(codes.scale), -1) * fixed_point(codes, layer)).reshape(wanted.shape)
     off = weight.detach().float() / scale - wanted
     if distance is CodeDistance.squared:
         return off.square().mean(), off * (2 / (off.numel() * scale))
@@ -78,13 +93,17 @@ def entropy_penalty(
 
 
 class Regulariser:
-    """A penalty on every BitLinear layer that it is for, averaged over them."""
+    """A penalty on every BitLinear layer that it is for, averaged over them.
 
-    def __init__(self, cfg: ScheduledRegulariser, model: nn.Module, total_steps: int) -> None:
+    While a layer has other codes than it will ship with (the stages of quant/progressive=bits), it is left alone.
+    """
+
+    def __init__(self, cfg: ScheduledRegulariser, model: nn.Module, spec: QuantSpec, total_steps: int) -> None:
         self.cfg, self.total_steps = cfg, total_steps
-        layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+        found = [(m, spec.for_layer(name)) for name, m in model.named_modules() if isinstance(m, BitLinear)]
         ternary_only = isinstance(cfg, EntropyRegulariser)
-        self.layers = [layer for layer in layers if layer.quant.scheme == "ternary" or not ternary_only]
+        # Each layer with the scheme and bits that it has in the end.
+        self.layers = [(m, (q.scheme, q.bits)) for m, q in found if q.scheme == "ternary" or not ternary_only]
 
     def penalty(self, layer: BitLinear) -> Penalty:
         """Of one layer, without the strength."""
@@ -100,7 +119,9 @@ class Regulariser:
         if not strength:
             return None
         values = []
-        for layer in self.layers:
+        for layer, final in self.layers:
+            if (layer.quant.scheme, layer.quant.bits) != final:
+                continue
             value, grad = self.penalty(layer)
             values.append(value)
             grad = (grad * (strength / len(self.layers))).to(layer.weight.dtype)
@@ -108,11 +129,11 @@ class Regulariser:
                 layer.weight.grad = grad
             else:
                 layer.weight.grad += grad
-        return strength * torch.stack(values).mean()
+        return strength * torch.stack(values).sum() / len(self.layers) if values else None
 
 
 def _codes(cfg: CodesRegulariser, layer: BitLinear) -> Penalty:
-    return code_penalty(layer.weight, layer.quantised(), cfg.distance, cfg.target)
+    return code_penalty(layer.weight, layer.quantised(), cfg.distance, cfg.target, layer.quant)
 
 
 def _entropy(cfg: EntropyRegulariser, layer: BitLinear) -> Penalty:
@@ -129,12 +150,14 @@ PENALTIES: dict[type[RegulariserConfig], Callable[..., Penalty]] = {
 }
 
 
-def build_regulariser(cfg: RegulariserConfig, model: nn.Module, total_steps: int) -> Regulariser | None:
-    """The regulariser of a configuration over the layers of ``model``, or None."""
+def build_regulariser(
+    cfg: RegulariserConfig, model: nn.Module, spec: QuantSpec, total_steps: int
+) -> Regulariser | None:
+    """The regulariser of a configuration over the layers of ``model``, which ``spec`` describes in the end; or None."""
     if isinstance(cfg, NoRegulariser):
         return None
     if type(cfg) not in PENALTIES or not isinstance(cfg, ScheduledRegulariser):
         raise ConfigError(
             f"regulariser={cfg.name} has no entry in bitnet_train.training.regularisers.penalties.PENALTIES"
         )
-    return Regulariser(cfg, model, total_steps)
+    return Regulariser(cfg, model, spec, total_steps)

@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import DecoderConfig, shape_fields
-from bitnet_train.quant.config import QuantConfig
+from bitnet_train.quant.config import PROGRESSIVE_CONFIGS, ProgressiveConfig, QuantConfig
+from bitnet_train.quant.progress import finished_spec
 from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.losses.config import (
@@ -22,6 +23,7 @@ from bitnet_train.training.losses.config import (
     relation_block,
     teacher_block,
 )
+from bitnet_train.variants import variant_from
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,14 @@ class RunSource:
     checkpoint: Path
     cfg: DecoderConfig
     spec: QuantSpec
+    progressive: ProgressiveConfig
+    max_steps: int
     digest: str
+
+    def spec_after(self, done: int) -> QuantSpec:
+        """How its last step computed. Raises ConfigError while it was still on its way to codes."""
+        where = f"loss.teacher={self.name}"
+        return finished_spec(self.progressive, self.spec, done, self.max_steps, self.cfg.layers, where)
 
     @property
     def shape(self) -> TeacherShape:
@@ -143,7 +152,10 @@ def _run_source(name: str, folder: Path, step: str) -> RunSource:
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DecoderConfig), saved["model"]))
-        # How the teacher came to its codes is of no matter here, and is a choice of dataclasses.
+        # A choice of dataclasses, which runs of before it had the choice lack.
+        way = saved["quant"].get("progressive") or {"name": "none"}
+        progressive = variant_from(way, PROGRESSIVE_CONFIGS, "quant.progressive")
+        max_steps = int(saved["trainer"]["max_steps"])
         settings = {key: value for key, value in saved["quant"].items() if key != "progressive"}
         quant = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantConfig), settings))
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
@@ -161,7 +173,10 @@ def _run_source(name: str, folder: Path, step: str) -> RunSource:
     spec = build_spec(quant)
     shape = {f.name: getattr(cfg, f.name) for f in shape_fields()}
     digest = _digest({"model": _plain(shape), "quant": _plain(asdict(quant))})
-    return RunSource(name, folder, path, cfg, spec, digest)
+    source = RunSource(name, folder, path, cfg, spec, progressive, max_steps, digest)
+    if step:
+        source.spec_after(int(step))
+    return source
 
 
 def _transformers_source(name: str, path: Path) -> TransformersSource:

@@ -175,7 +175,7 @@ def _run_teacher(
     tokenizer: TextTokenizer,
 ) -> Teacher:
     check_same_tokenizer(source.name, load_tokenizer(source.folder / "tokenizer"), tokenizer, KEY)
-    canonical = open_checkpoint(source.checkpoint, source.cfg, source.spec)
+    canonical = open_checkpoint(source.checkpoint, source.cfg, source.spec, source.spec_after)
     decoder = canonical.decoder(device, backend)
     for layer in decoder.layers.modules():
         if isinstance(layer, nn.Linear) and not isinstance(layer, BitLinear):

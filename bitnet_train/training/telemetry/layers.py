@@ -15,6 +15,7 @@ from torch import Tensor
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, quantiser_input
 from bitnet_train.quant.activations import quantise_inputs
 from bitnet_train.quant.hadamard import rotate
+from bitnet_train.training.callbacks.quantisation import state_at
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.loggers.csv_rows import cut_rows, read_rows
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
@@ -38,7 +39,8 @@ class LayerTelemetry(StepCallback):
         self._layers: dict[str, BitLinear] = {}
         self._before: list[Tensor] = []
         self._batch: Any = None
-        self._first_scales: dict[str, float] = {}
+        # By layer and by the bits of its stage on the way to its codes: each has scales of its own kind.
+        self._first_scales: dict[tuple[str, int | None], float] = {}
         self._warned: set[str] = set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,7 +48,13 @@ class LayerTelemetry(StepCallback):
         assert isinstance(pl_module, TrainingModule)
         self._layers = {n: m for n, m in pl_module.network.named_modules() if isinstance(m, BitLinear)}
         for row in read_rows(self.path):
-            self._first_scales.setdefault(row["layer"], float(row["scale"]))
+            self._first_scales.setdefault(
+                self._quantiser(pl_module, row["layer"], int(row["step"])), float(row["scale"])
+            )
+
+    @staticmethod
+    def _quantiser(module: TrainingModule, layer: str, step: int) -> tuple[str, int | None]:
+        return layer, state_at(module.cfg, module.network, step - 1).spec.stage_bits  # type: ignore[arg-type]
 
     def _due(self, module: TrainingModule, step: int) -> bool:
         return bool(self._layers) and due(step, module.cfg.telemetry.every_steps, module.cfg.trainer.max_steps)
@@ -130,7 +138,7 @@ class LayerTelemetry(StepCallback):
     def _warn(self, module: TrainingModule, step: int, rows: dict[str, dict[str, float]]) -> None:
         cfg = module.cfg.telemetry
         for name, row in rows.items():
-            first = self._first_scales.setdefault(name, row["scale"])
+            first = self._first_scales.setdefault(self._quantiser(module, name, step), row["scale"])
             ternary = self._layers[name].quant.scheme == "ternary"
             if ternary and row["zeros"] > cfg.most_zeros:
                 self._say(f"zeros {name}", step, f"{row['zeros']:.1%} of the codes of {name} are zero: the layer is "
@@ -139,7 +147,8 @@ class LayerTelemetry(StepCallback):
                 self._say(f"scale {name}", step, f"the scale of {name} went from {first:.3g} to {row['scale']:.3g}: "
                           "it is running away; lower optimizer.lr or clip harder")  # fmt: skip
         rate = next(group["lr"] for group in module.optimizers(use_pl_optimizer=False).param_groups)  # type: ignore[union-attr]
-        if rate > 0 and all(row["flips"] == 0 for row in rows.values()):
+        skipped = module.guard is not None and module.guard.skipped_last()
+        if rate > 0 and not skipped and all(row["flips"] == 0 for row in rows.values()):
             self._say("flips", step, "no code of any layer changed in this step: the weights are too far from their "
                       "thresholds for the learning rate; raise optimizer.lr")  # fmt: skip
 
