@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bitnet_train.commands.console import make_console
+from bitnet_train.commands.console import loudly, make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_yaml
 from bitnet_train.data.images.sources import load_images
@@ -65,7 +65,7 @@ def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console
     from bitnet_train.training.run import check_start, train
 
     assert cfg.run_name is not None
-    start = folder.last_checkpoint or fork
+    start = folder.good_checkpoint(loudly(console)) or fork
     # Before this configuration becomes the folder's.
     first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
     if first == 0 and start is not None and start == fork:
@@ -85,7 +85,7 @@ def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, console: Conso
     from bitnet_train.training.vision.run import train_classifier
 
     assert cfg.run_name is not None
-    start = folder.last_checkpoint or fork
+    start = folder.good_checkpoint(loudly(console)) or fork
     first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
     folder.save_config(to_yaml(cfg))
     return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
