@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import product
@@ -32,6 +33,7 @@ from bitnet_train.config import (
     with_kinds,
 )
 from bitnet_train.data.corpus import open_corpus
+from bitnet_train.durable import is_environment, reason
 from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
@@ -45,6 +47,7 @@ from bitnet_train.recipes import (
     settle,
     yaml_reason,
 )
+from bitnet_train.secrets import masked
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Overrides that never name a sweep's job.
@@ -62,7 +65,12 @@ LONGEST_NAME = 120
 
 def main() -> NoReturn:
     """The console entry: runs and exits."""
-    sys.exit(answer(sys.argv[1:]))
+    code = answer(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk or a closed pipe, which would change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def answer(arguments: list[str]) -> int:
@@ -94,9 +102,10 @@ def answer(arguments: list[str]) -> int:
         _say(explain(error, catalogue, arguments))
         return 2
     except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        sentence = _of_the_machine(error)
+        if sentence is None:
             raise
-        _say(_out_of_memory(error))
+        _say(sentence)
         return 2
     except KeyboardInterrupt:
         _say("Interrupted; nothing was changed since the last save.")
@@ -104,7 +113,18 @@ def answer(arguments: list[str]) -> int:
 
 
 def _say(sentence: str) -> None:
-    print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody can read it
+        print(f"bitnet_train: {masked(sentence)}", file=sys.stderr, flush=True)
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """The sentence for an error of the machine, a full memory or disk or a file that cannot be had; None for others."""
+    if is_out_of_memory(error):
+        return _out_of_memory(error)
+    if isinstance(error, OSError) and is_environment(error):
+        where = f" {error.filename}" if error.filename else ""
+        return f"A file{where} cannot be read or written ({reason(error)}): repair that and give the command again."
+    return None
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -247,9 +267,10 @@ def _job_of_many(job: Job, catalogue: Catalogue) -> int:
         _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
         return 2
     except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        sentence = _of_the_machine(error)
+        if sentence is None:
             raise
-        _say(f"{' '.join(job.overrides)}: {_out_of_memory(error)}")
+        _say(f"{' '.join(job.overrides)}: {sentence}")
         return 2
 
 

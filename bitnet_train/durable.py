@@ -78,10 +78,10 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         replace_durably(partial, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
+        raise _named(error, path) from None
 
 
 def append_whole(path: Path, text: str) -> None:
@@ -90,13 +90,18 @@ def append_whole(path: Path, text: str) -> None:
     try:
         with path.open("a", encoding="utf-8", newline="") as stream:
             stream.write(text)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             if before is None:
                 path.unlink()
             else:
                 os.truncate(path, before)
-        raise
+        raise _named(error, path) from None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file that it is about; a failed write does not say."""
+    return OSError(error.errno, reason(error), str(path)) if error.errno is not None else error
 
 
 def check_archive(path: Path) -> None:

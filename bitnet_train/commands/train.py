@@ -27,11 +27,19 @@ def run(cfg: Config) -> int:
     assert cfg.run_name is not None
     folder = RunFolder(Path(cfg.paths.runs) / cfg.run_name)
     fork = _fork_source(cfg, folder)
-    folder.lock()
+    folder.lock(loudly(console))
+    try:
+        return _run(cfg, folder, fork, console)
+    finally:
+        folder.unlock()
+
+
+def _run(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> int:
     saved = folder.saved_config()
     if saved is not None:
         check_continuation(saved, cfg, folder.config_file)
         _check_same_fork(saved, cfg, folder)
+    assert cfg.run_name is not None
     if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
         raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
     outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, fork, console)

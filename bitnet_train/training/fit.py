@@ -26,6 +26,7 @@ from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.device import Choices
+from bitnet_train.training.faults import in_one_sentence
 from bitnet_train.training.guard.events import Rollback, go_back
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
@@ -166,11 +167,16 @@ def fit(trainer: L.Trainer, module: TrainingModule, data: L.LightningDataModule,
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
+        except Exception as error:
+            said = in_one_sentence(error, RunFolder(Path(trainer.default_root_dir)), trainer.global_step + 1)
+            if said is None:
+                raise
+            raise said from None
 
 
 def build_loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:
     """metrics.csv, its rows past step ``first`` cut, and what ``cfg.logger`` adds."""
-    metrics_csv = MetricsCsv(folder.metrics_file)
+    metrics_csv = MetricsCsv(folder.metrics_file, lambda line: console.print(line, markup=False))
     metrics_csv.cut(first)
     if not isinstance(cfg.logger, WandbLogger):
         return [metrics_csv]

@@ -1,9 +1,6 @@
 """The folder of one run: what lies where, who may write to it, and what continues it."""
 
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import yaml
 
 from bitnet_train.durable import check_archive, reason, write_atomically
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.run_lock import RunLock
 
 LAST = "last.ckpt"
 
@@ -31,7 +29,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.exports = path / "export"
-        self._lock: Any = None
+        self._lock: RunLock | None = None
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -80,30 +78,20 @@ class RunFolder:
             )
         return None
 
-    def lock(self) -> None:
-        """Claim the folder for this process until it ends, however it ends.
+    def lock(self, say: Callable[[str], None] = print) -> None:
+        """Claim the folder for this process until :meth:`unlock`, or until it ends, however it ends.
 
-        A POSIX record lock: the kernel drops it with the process, and loader processes do not inherit it. Raises
-        ConfigError when another process holds it.
+        Raises ConfigError when another process holds it, and when it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise ConfigError(
-                f"The run folder {self.path} cannot be written ({error.strerror}): choose another with paths.runs=."
-            ) from None
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            raise ConfigError(
-                f"The run folder {self.path} is in use by {holder}: wait for it to end, or choose another run_name."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        lock = RunLock(self.path, say)
+        lock.acquire()
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def saved_config(self) -> dict[str, Any] | None:
         """The configuration in config.yaml, or None for a new folder. Raises ConfigError when it is unreadable."""

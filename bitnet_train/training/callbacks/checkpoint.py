@@ -38,6 +38,7 @@ class Checkpoints(StepCallback):
         self.clock, self.folder = clock, folder
         self.saved_step = -1
         self._owed = False
+        self._said_gone = False
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,6 +69,7 @@ class Checkpoints(StepCallback):
         path = self.folder / f"step-{step:08d}.ckpt"
         partial = path.with_suffix(".partial")
         with self.clock.paused():
+            self._check_data(trainer)
             try:
                 for logger in trainer.loggers:
                     logger.save()
@@ -81,6 +83,18 @@ class Checkpoints(StepCallback):
                 raise ConfigError(self._not_saved(step, error)) from None
         self.saved_step, self._saved_at = step, time.monotonic()
         return True
+
+    def _check_data(self, trainer: L.Trainer) -> None:
+        """Nothing is saved that was trained on changed data. Raises ConfigError, which says where to go on."""
+        check = getattr(trainer.datamodule, "check_unchanged", None)  # type: ignore[attr-defined]
+        gone = [] if check is None else check()
+        if gone and not self._said_gone:
+            self._said_gone = True
+            print(
+                f"WARNING: the token shard {gone[0]} is gone{f', and {len(gone) - 1} more' if gone[1:] else ''}: the "
+                "run goes on with what it has open; restore it",
+                flush=True,
+            )
 
     def _not_saved(self, step: int, error: OSError) -> str:
         there = sorted(self.folder.glob("step-*.ckpt"))
@@ -177,4 +191,5 @@ def _worth_keeping(module: TrainingModule, last: bool) -> bool:
 
 def _finite(module: TrainingModule) -> bool:
     figures = [module.step_loss, module.clip_result.norm if module.clip_result else None]
-    return all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))
+    before = module.first_bad is not None and int(module.first_bad) >= 0
+    return not before and all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))
