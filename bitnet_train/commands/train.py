@@ -14,6 +14,7 @@ from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
+from bitnet_train.interrupts import interrupts_wait
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
@@ -37,7 +38,8 @@ def run(cfg: Config) -> int:
 def _run(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> int:
     saved = folder.saved_config()
     if saved is not None:
-        check_continuation(saved, cfg, folder.config_file)
+        with interrupts_wait():
+            check_continuation(saved, cfg, folder.config_file)
         _check_same_fork(saved, cfg, folder)
     assert cfg.run_name is not None
     if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
@@ -81,7 +83,8 @@ def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console
     if first == 0 and start is not None and cfg.trainer.max_steps > 0:
         start = None  # a run that has only saved its initial weights makes them again
         initial = _initial_weights(cfg)
-    folder.save_config(to_yaml(cfg))
+    with interrupts_wait():
+        folder.save_config(to_yaml(cfg))
     return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
 
 
@@ -95,7 +98,8 @@ def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, console: Conso
     assert cfg.run_name is not None
     start = folder.good_checkpoint(loudly(console)) or fork
     first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
-    folder.save_config(to_yaml(cfg))
+    with interrupts_wait():
+        folder.save_config(to_yaml(cfg))
     return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
 
 

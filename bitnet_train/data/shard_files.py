@@ -95,8 +95,9 @@ class ShardFiles:
                 raise
         except FileNotFoundError:
             raise ConfigError(f"The token shard {path} is gone: {RESTORE}.") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"The token shard {path} cannot be read ({error}): {RESTORE}.") from None
+        except Exception as error:  # of the system, and whatever numpy's reading of a header raises
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"The token shard {path} cannot be read ({lines[0][:200]}): {RESTORE}.") from None
         self._open[number] = stream, kind, stream.tell()
         if len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)[1][0].close()
