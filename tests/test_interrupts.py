@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -10,12 +11,18 @@ from bitnet_train import __main__ as main
 from bitnet_train.interrupts import interrupts_wait
 
 
-def test_an_interrupt_waits_for_the_end() -> None:
-    done = []
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+def waiting(then: Callable[[], object]) -> None:
+    """A Ctrl-C, then ``then``, inside."""
+    with interrupts_wait():
         os.kill(os.getpid(), signal.SIGINT)
-        done.append(1)
+        then()
+
+
+def test_an_interrupt_waits_for_the_end() -> None:
+    done: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        waiting(lambda: done.append(1))
     assert done == [1]
     assert signal.getsignal(signal.SIGINT) is before
     with interrupts_wait():
@@ -23,9 +30,8 @@ def test_an_interrupt_waits_for_the_end() -> None:
 
 
 def test_an_error_inside_is_not_hidden_by_the_interrupt() -> None:
-    with pytest.raises(ValueError, match="x"), interrupts_wait():
-        os.kill(os.getpid(), signal.SIGINT)
-        raise ValueError("x")
+    with pytest.raises(ValueError, match="'x'"):
+        waiting(lambda: int("x"))
 
 
 def test_other_threads_and_ignored_signals_are_left_alone() -> None:

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,9 @@ from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import RunFolder
+
+# What Lightning and our own callback handle.
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ def build_trainer(
 
 def fit(trainer: L.Trainer, module: TrainingModule, data: L.LightningDataModule, start: Path | None) -> None:
     """Train from the checkpoint ``start``, or from the beginning. Raises KeyboardInterrupt for a second Ctrl-C."""
-    with _quiet_lightning():
+    with _quiet_lightning(), _own_signals():
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except SystemExit as error:  # what Lightning makes of Ctrl-C
@@ -189,6 +194,19 @@ def build_loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, 
 
 def _plain(cfg: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(cfg).items() if k != "logger"}
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signals do afterwards what they did before: a handler of Lightning's that stayed would swallow a SIGTERM, and
+    keep the trainer and all that it holds in memory."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 @contextmanager
