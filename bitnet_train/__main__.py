@@ -3,8 +3,10 @@
 import os
 import re
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import product
@@ -25,6 +27,7 @@ from bitnet_train.config import (
     ON_A_RUN,
     VARIANTS,
     Command,
+    Config,
     check_keys,
     from_plain,
     may_change,
@@ -32,9 +35,11 @@ from bitnet_train.config import (
     with_kinds,
 )
 from bitnet_train.data.corpus import open_corpus
+from bitnet_train.durable import is_environment, reason
 from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
+from bitnet_train.interrupts import interrupts_wait
 from bitnet_train.recipes import (
     Catalogue,
     check_one_kind,
@@ -45,7 +50,9 @@ from bitnet_train.recipes import (
     settle,
     yaml_reason,
 )
+from bitnet_train.secrets import masked
 from bitnet_train.training.out_of_memory import is_out_of_memory
+from bitnet_train.trust import check_flags
 
 # Overrides that never name a sweep's job.
 NAMELESS = ("recipe", "run_name", "run", "command", "paths.runs", "paths.data")
@@ -62,7 +69,13 @@ LONGEST_NAME = 120
 
 def main() -> NoReturn:
     """The console entry: runs and exits."""
-    sys.exit(answer(sys.argv[1:]))
+    sys.excepthook = lambda *error: print(masked("".join(traceback.format_exception(*error))), file=sys.stderr, end="")
+    code = answer(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk or a closed pipe, which would change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def answer(arguments: list[str]) -> int:
@@ -72,7 +85,9 @@ def answer(arguments: list[str]) -> int:
     catalogue = Catalogue()
     try:
         flags = _flags(arguments)
-        catalogue = register(Path(flags.config_dir) if flags.config_dir is not None else None)
+        check_flags(flags)
+        with interrupts_wait():
+            catalogue = register(Path(flags.config_dir) if flags.config_dir is not None else None)
         if not arguments or flags.help:
             print(help_text(catalogue), end="")
             return 0
@@ -94,9 +109,10 @@ def answer(arguments: list[str]) -> int:
         _say(explain(error, catalogue, arguments))
         return 2
     except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        sentence = _of_the_machine(error)
+        if sentence is None:
             raise
-        _say(_out_of_memory(error))
+        _say(sentence)
         return 2
     except KeyboardInterrupt:
         _say("Interrupted; nothing was changed since the last save.")
@@ -104,7 +120,18 @@ def answer(arguments: list[str]) -> int:
 
 
 def _say(sentence: str) -> None:
-    print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody can read it
+        print(f"bitnet_train: {masked(sentence)}", file=sys.stderr, flush=True)
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """The sentence for an error of the machine, a full memory or disk or a file that cannot be had; None for others."""
+    if is_out_of_memory(error):
+        return _out_of_memory(error)
+    if isinstance(error, OSError) and is_environment(error):
+        where = f" {error.filename}" if error.filename else ""
+        return f"A file{where} cannot be read or written ({reason(error)}): repair that and give the command again."
+    return None
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -174,15 +201,17 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
     Raises HydraException or OmegaConfBaseException, which :func:`explain` puts into words.
     """
     given = {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in overrides)}
-    base = kinds_of_run(catalogue, given)
-    settle(catalogue, base | given)
+    with interrupts_wait():
+        base = kinds_of_run(catalogue, given)
+        settle(catalogue, base | given)
     jobs = []
 
     def keep(node: DictConfig) -> None:
         recipe = HydraConfig.get().runtime.choices.get("recipe")
         jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name))
 
-    _hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
+    with interrupts_wait():
+        _hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
     return jobs[0] if jobs else None
 
 
@@ -247,9 +276,10 @@ def _job_of_many(job: Job, catalogue: Catalogue) -> int:
         _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
         return 2
     except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        sentence = _of_the_machine(error)
+        if sentence is None:
             raise
-        _say(f"{' '.join(job.overrides)}: {_out_of_memory(error)}")
+        _say(f"{' '.join(job.overrides)}: {sentence}")
         return 2
 
 
@@ -282,6 +312,16 @@ def _hydra_sweep(others: list[str], overrides: list[str], catalogue: Catalogue) 
 
 def run_job(job: Job, catalogue: Catalogue) -> int:
     """Validate a composed configuration and run its command; the exit code."""
+    with interrupts_wait():
+        cfg = checked(job, catalogue)
+
+    from bitnet_train.commands import run
+
+    return run(cfg)
+
+
+def checked(job: Job, catalogue: Catalogue) -> Config:
+    """The validated configuration of a job."""
     node = job.node
     check_keys(node)
     if node.command in ON_A_RUN:
@@ -298,10 +338,7 @@ def run_job(job: Job, catalogue: Catalogue) -> int:
         cfg = to_config(node)
         if node.command in NEED_TEXT and not cfg.on_images:
             open_corpus(cfg.text.corpus)  # says at once that the text is missing
-
-    from bitnet_train.commands import run
-
-    return run(cfg)
+    return cfg
 
 
 def run_name(name: str, job: str) -> str:

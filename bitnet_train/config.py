@@ -29,6 +29,7 @@ from bitnet_train.nn.vision.config import VISION_CONFIGS
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
 from bitnet_train.quant.progress import check_progressive
 from bitnet_train.quant.spec import as_steps, build_spec
+from bitnet_train.secrets import is_secret
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
 from bitnet_train.training.config import RunConfig
@@ -312,8 +313,20 @@ def to_config(node: DictConfig) -> Config:
     check_kinds(node)
     cfg = OmegaConf.to_object(node)
     assert isinstance(cfg, Config)
+    check_no_secrets(cfg)
     validate(cfg)
     return cfg
+
+
+def check_no_secrets(cfg: Config) -> None:
+    """Raises ConfigError when a setting holds a key or token: config.yaml, pages and W&B would show it."""
+    for key, value in flatten(to_plain(cfg)):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and is_secret(text):
+                raise ConfigError(
+                    f"{key} holds a key, a token or a password: settings are written to config.yaml and shown, so "
+                    "leave it in the environment (WANDB_API_KEY, HF_TOKEN), or use `wandb login` and `hf auth login`."
+                )
 
 
 def to_plain(cfg: Config) -> dict[str, Any]:

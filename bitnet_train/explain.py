@@ -23,6 +23,7 @@ from omegaconf.errors import (
 from bitnet_train.config import KINDS, VARIANTS, Config, unknown_key
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.recipes import Catalogue, overridden, yaml_reason
+from bitnet_train.trust import check_setting
 
 # OmegaConf's names of types, in words.
 TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "Boolean": "true or false"}
@@ -45,6 +46,7 @@ def check_overrides(overrides: list[str], catalogue: Catalogue, sweeping: bool) 
         key = override.key_or_group
         if not key:
             raise ConfigError(f"'{line}' is not a setting: write key=value, or see --help.")
+        check_setting(key, override.value())
         if key in ("hydra/sweeper", "hydra/launcher") and not sweeping:
             raise ConfigError(f"{key} is for sweeps: add -m.")
         if key.startswith("hydra"):

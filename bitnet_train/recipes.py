@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from bitnet_train.config import KINDS, VARIANTS, Config
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.ladders import read_ladder
+from bitnet_train.trust import check_folder
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -98,6 +99,7 @@ def register(user_folder: Path | None) -> Catalogue:
             # Hydra would read it in place of conf/config.yaml.
             primary = user_folder / "config.yaml"
             raise ConfigError(f"{primary} would replace the whole configuration: give it another name.")
+        check_folder(user_folder)
         _note_files(catalogue, user_folder)
         for folder in (user_folder, user_folder / "recipes"):
             _store_recipes(catalogue, store, folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bitnet_train.commands.console import make_console
+from bitnet_train.commands.console import loudly, make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_yaml
 from bitnet_train.data.images.sources import load_images
@@ -14,6 +14,7 @@ from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
+from bitnet_train.interrupts import interrupts_wait
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.progress import moved_back
 from bitnet_train.quant.spec import build_spec
@@ -28,11 +29,20 @@ def run(cfg: Config) -> int:
     assert cfg.run_name is not None
     folder = RunFolder(Path(cfg.paths.runs) / cfg.run_name)
     fork = _fork_source(cfg, folder)
-    folder.lock()
+    folder.lock(loudly(console))
+    try:
+        return _run(cfg, folder, fork, console)
+    finally:
+        folder.unlock()
+
+
+def _run(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> int:
     saved = folder.saved_config()
     if saved is not None:
-        check_continuation(saved, cfg, folder.config_file)
+        with interrupts_wait():
+            check_continuation(saved, cfg, folder.config_file)
         _check_same_fork(saved, cfg, folder)
+    assert cfg.run_name is not None
     if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
         raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
     outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, fork, console)
@@ -66,7 +76,7 @@ def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console
     from bitnet_train.training.run import check_start, train
 
     assert cfg.run_name is not None
-    start = folder.last_checkpoint or fork
+    start = folder.good_checkpoint(loudly(console)) or fork
     # Before this configuration becomes the folder's.
     first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
     if first == 0 and start is not None and start == fork:
@@ -75,7 +85,8 @@ def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console
         start = None  # a run that has only saved its initial weights makes them again
         initial = _initial_weights(cfg)
     _say_moved(cfg, folder, first, console)
-    folder.save_config(to_yaml(cfg))
+    with interrupts_wait():
+        folder.save_config(to_yaml(cfg))
     return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
 
 
@@ -87,10 +98,11 @@ def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, console: Conso
     from bitnet_train.training.vision.run import train_classifier
 
     assert cfg.run_name is not None
-    start = folder.last_checkpoint or fork
+    start = folder.good_checkpoint(loudly(console)) or fork
     first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
     _say_moved(cfg, folder, first, console)
-    folder.save_config(to_yaml(cfg))
+    with interrupts_wait():
+        folder.save_config(to_yaml(cfg))
     return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
 
 

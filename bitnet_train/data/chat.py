@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_train.data.config import ChatCorpus
-from bitnet_train.data.document import Document, find_files, held_out, stamp
+from bitnet_train.data.document import Document, bounded_lines, find_files, held_out, stamp
 from bitnet_train.data.parquet import read_rows
 from bitnet_train.errors import ConfigError
 
@@ -81,7 +81,7 @@ class ChatSource:
         number = 0
         try:
             with opener(path, "rb") as stream:
-                for number, line in enumerate(stream, start=1):
+                for number, line in enumerate(bounded_lines(path, stream), start=1):
                     if line.strip():
                         record = json.loads(line.decode("utf-8"))
                         yield (

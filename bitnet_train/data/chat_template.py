@@ -18,6 +18,8 @@ from bitnet_train.errors import ConfigError
 OPEN, CLOSE = "\U00100000", "\U00100001"
 # In a message's text, character FIRST + i stands for special token i until the text is cut at the template's own.
 FIRST = 0xF0000
+# Characters or items that a template may make by repetition.
+LONGEST_REPETITION = 10_000
 
 
 class ChatEncoder:
@@ -90,7 +92,7 @@ class ChatEncoder:
                 messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise ConfigError(f"{where}: the chat template refuses the conversation: {error}.") from None
 
     def _hidden(self, content: str) -> str:
@@ -120,7 +122,7 @@ def _environment() -> Any:
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Generation(Extension):
         """``{% generation %} ... {% endgeneration %}``."""
@@ -135,15 +137,27 @@ def _environment() -> Any:
         def _enclosed(self, caller: Callable[[], str]) -> str:
             return f"{OPEN}{caller()}{CLOSE}"
 
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Without powers, and without texts and lists repeated to any length: a template could fill the memory."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            for sequence, count in ((left, right), (right, left)):
+                repeats = isinstance(sequence, str | list | tuple) and isinstance(count, int)
+                if repeats and len(sequence) * count > LONGEST_REPETITION:
+                    raise SecurityError("it repeats something too often")
+            if operator == "**":
+                raise SecurityError("it raises to a power")
+            return super().call_binop(context, operator, left, right)
+
     def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     return environment

@@ -14,7 +14,16 @@ from typing import Any, Protocol
 
 from bitnet_train.data.chat import ChatSource
 from bitnet_train.data.config import ChatCorpus, CorpusConfig, FilesCorpus, HubCorpus, MixtureCorpus, StdlibCorpus
-from bitnet_train.data.document import Document, find_files, held_out, matching, stamp
+from bitnet_train.data.document import (
+    LONGEST_DOCUMENT,
+    Document,
+    bounded_lines,
+    endless,
+    find_files,
+    held_out,
+    matching,
+    stamp,
+)
 from bitnet_train.data.hub import HubSource
 from bitnet_train.data.mixture import KEY, parts
 from bitnet_train.data.parquet import read_texts
@@ -120,15 +129,19 @@ class FilesSource:
                         yield from self._lines(path, stream)
                 else:
                     with opener(path, "rt", encoding="utf-8") as stream:
-                        if text := stream.read():
+                        limit = LONGEST_DOCUMENT + 1 if path.suffix == ".gz" else -1
+                        text = stream.read(limit)
+                        if 0 < limit == len(text):
+                            raise ConfigError(endless(f"{path}"))
+                        if text:
                             yield text
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
             except (OSError, EOFError, zlib.error) as error:
                 raise ConfigError(f"{path} cannot be read: {error}.") from None
 
-    def _lines(self, path: Path, stream: Iterator[bytes]) -> Iterator[str]:
-        for number, line in enumerate(stream, start=1):
+    def _lines(self, path: Path, stream: Any) -> Iterator[str]:
+        for number, line in enumerate(bounded_lines(path, stream), start=1):
             if not line.strip():
                 continue
             try:

@@ -1,14 +1,17 @@
 """What corpora are made of: documents, which of them are held out, and what tells that files have changed."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from bitnet_train.errors import ConfigError
 
 VALIDATION_OFFSET = 7
+# Bytes of a line, characters of an unpacked file: a small .gz can unpack to any size.
+LONGEST_DOCUMENT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,19 @@ class Document:
 def held_out(index: int, every: int) -> bool:
     """Whether document ``index`` is validation when every ``every``-th is."""
     return index % every == VALIDATION_OFFSET
+
+
+def bounded_lines(path: Path, stream: Any) -> Iterator[bytes]:
+    """The lines of a binary stream. Raises ConfigError for one that does not end."""
+    while line := stream.readline(LONGEST_DOCUMENT + 1):
+        if len(line) > LONGEST_DOCUMENT:
+            raise ConfigError(endless(f"A line of {path}"))
+        yield line
+
+
+def endless(what: str) -> str:
+    """The sentence for a document that is longer than any should be."""
+    return f"{what} is longer than {LONGEST_DOCUMENT >> 20:,} MiB, which no document is: it is damaged or hostile."
 
 
 def find_files(where: str, patterns: list[str], key: str) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from bitnet_train.data.shards import (
     tokenizer_digest,
 )
 from bitnet_train.data.tokenizer import TextTokenizer, build_tokenizer
+from bitnet_train.durable import is_environment, reason, remove_leftovers, sync_file, sync_folder, working_name
 from bitnet_train.errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -101,35 +101,30 @@ def prepare(cfg: DataConfig, root: Path, progress: Progress = _no_progress) -> M
     """
     corpus = open_corpus(cfg.corpus)
     folder = shard_folder(cfg, root)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in (*root.glob(f"{folder.name}.partial-*"), *root.glob(f"{folder.name}.replaced-*")):
-        if not _alive(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir()
+    partial, replaced = working_name(folder, "partial"), working_name(folder, "replaced")
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        partial.mkdir()
         manifest = _write(cfg, corpus, partial, progress)
-        replaced = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
+        for path in partial.iterdir():
+            sync_file(path)
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
+        sync_folder(root)
         shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        # numpy has no error number for a write that the disk took half of.
+        if not is_environment(error) and "written" not in str(error):
+            raise
+        raise ConfigError(
+            f"The token shards {folder} cannot be written ({reason(error)}): free space or choose another paths.data; "
+            "what was there before is as it was."
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
-
-
-def _alive(pid: int) -> bool:
-    """Whether another process with this id runs (in a container, a killed predecessor often had the id of this one)."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:

@@ -1,8 +1,8 @@
-"""Token shards: flat ``.npy`` files of token ids, memory-mapped, and the manifest that fingerprints them.
+"""Token shards: flat ``.npy`` files of token ids, and the manifest that fingerprints them.
 
 A shard is one dimension of uint16 (or uint32) ids, documents one after the other, each started by the tokenizer's bos
 id. Windows of any length are slices, so the sequence length can change without preparing again, and reading a window
-touches only its pages. ``benchmarks/shard_storage.py`` compares this with Arrow tables read through ``datasets``.
+reads only its bytes. ``benchmarks/shard_storage.py`` compares this with Arrow tables read through ``datasets``.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitnet_train.data.config import Verify
+from bitnet_train.data.shard_files import ShardFiles
 from bitnet_train.errors import ConfigError
 
 MANIFEST = "manifest.json"
@@ -216,31 +217,34 @@ def verify_shards(folder: Path, manifest: Manifest, how: Verify) -> str:
 
 
 class TokenArray:
-    """The tokens of one split as one long array over memory-mapped shards; picklable for loader processes.
+    """The tokens of one split as one long array over its shards; picklable for loader processes.
 
     With ``masks`` their masks instead, an array of no length where there are none.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, masks: bool = False) -> None:
         shards = manifest.masks(split) if masks else manifest.shards(split)
-        self.paths = [folder / shard.file for shard in shards]
+        # Ids of masks are 0 and 1; those of tokens may reach up to the tokenizer's vocabulary.
+        vocab = None if masks else manifest.source.get("tokenizer", {}).get("vocab_size")
         self.starts = np.cumsum([0, *(shard.tokens for shard in shards)])
-        self._maps: list[np.ndarray] | None = None
+        self.files = ShardFiles(
+            [folder / s.file for s in shards], [s.tokens for s in shards], [s.sample_digest for s in shards], vocab
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": None}
-
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) as int64, across shard borders."""
-        if self._maps is None:
-            self._maps = [np.load(path, mmap_mode="r") for path in self.paths]
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         parts = []
         while start < stop:
             base, end = int(self.starts[first]), int(self.starts[first + 1])
-            parts.append(self._maps[first][start - base : min(stop, end) - base])
+            parts.append(self.files.read(first, start - base, min(stop, end) - base))
             start, first = min(stop, end), first + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def place(self, token: int) -> tuple[Path, int]:
+        """The shard that holds ``token`` of the split, and the token's number in it."""
+        shard = int(np.searchsorted(self.starts, token, side="right")) - 1
+        return self.files.paths[shard], token - int(self.starts[shard])

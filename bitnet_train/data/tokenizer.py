@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet_train.data.config import BpeTokenizer, PretrainedTokenizer, TokenizerConfig
+from bitnet_train.durable import write_atomically
 from bitnet_train.errors import ConfigError
 
 SPECIALS_FILE = "special_tokens.json"
@@ -65,11 +66,12 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and the special ids, which :func:`load_tokenizer` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        # Written here: the library's own errors are bare Exceptions.
+        write_atomically(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         content: dict[str, int | str] = {"bos_id": self.bos_id, "eos_id": self.eos_id}
         if self.chat_template is not None:
             content["chat_template"] = self.chat_template
-        (folder / SPECIALS_FILE).write_text(json.dumps(content) + "\n")
+        write_atomically(folder / SPECIALS_FILE, json.dumps(content) + "\n")
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:

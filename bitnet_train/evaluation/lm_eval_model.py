@@ -20,6 +20,7 @@ from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.evaluation.generate import generate_texts
+from bitnet_train.evaluation.harness_trust import distrust
 from bitnet_train.evaluation.sampling import Sampling
 from bitnet_train.nn.decoder import Decoder
 
@@ -158,5 +159,6 @@ def _cannot_run(cfg: EvaluateConfig, error: Exception) -> ConfigError:
 
 
 def _task_manager(cfg: EvaluateConfig) -> TaskManager:
+    distrust()
     folder = None if cfg.task_folder is None else str(Path(cfg.task_folder).expanduser())
     return TaskManager(include_path=folder)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_train.durable import check_archive
 from bitnet_train.errors import ConfigError
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.code_cache import keep_codes
@@ -138,12 +139,14 @@ def open_checkpoint(
     if not path.is_file():
         raise ConfigError(f"The checkpoint {path} does not exist.")
     try:
+        check_archive(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, state = int(content["global_step"]), content["state_dict"]
         masters = {name.removeprefix(PREFIX): t for name, t in state.items() if name.startswith(PREFIX)}
         fingerprint = content.get("ShardDataModule", {}).get("fingerprint")
-    except Exception as error:  # a damaged zip or pickle raises anything
-        raise ConfigError(f"The checkpoint {path} cannot be read ({type(error).__name__}): use an older one.") from None
+    except Exception as error:  # a damaged pickle raises anything
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ConfigError(f"The checkpoint {path} cannot be read ({why}): use an older one.") from None
     if spec_after is not None:
         spec = spec_after(step)
     return CanonicalCheckpoint(cfg, spec, masters, step, path, fingerprint)

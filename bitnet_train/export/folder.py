@@ -1,7 +1,6 @@
 """An export's folder: it appears whole or not at all, and says in ``bitnet_train.json`` what it was made from."""
 
 import json
-import os
 import reprlib
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bitnet_train.durable import remove_leftovers, sync_file, sync_folder, working_name
 from bitnet_train.errors import ConfigError
 
 ORIGIN_FILE = "bitnet_train.json"
@@ -24,18 +24,25 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     When the body raises, ``folder`` stays as it was. Raises ConfigError when a file cannot be written.
     """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    partial, replaced = (working_name(folder, kind, hidden=True) for kind in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        partial.mkdir()
         yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                sync_file(path)
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise ConfigError(f"The export {folder} cannot be written: {error.strerror or error}.") from None
     finally:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 

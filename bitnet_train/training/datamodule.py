@@ -11,13 +11,16 @@ from torch.utils.data import ConcatDataset, DataLoader
 from bitnet_train.data.config import DataConfig
 from bitnet_train.data.mixture import Stage, shares_text
 from bitnet_train.data.order import Drawn, MixtureOrder, Segment
-from bitnet_train.data.sampler import ConsumedBatchSampler
+from bitnet_train.data.sampler import ConsumedBatchSampler, sample_index
 from bitnet_train.data.shards import Manifest, TokenArray
+from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.data.windows import Windows
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.batch_warmup import BatchPlan
 
 VALIDATION_TOKENS_PER_BATCH = 8192
+# Of a bad sample, in divergence.jsonl.
+SHOWN_TOKENS = 32
 
 
 def leave_signals_to_the_run(_: int) -> None:
@@ -91,6 +94,30 @@ class ShardDataModule(L.LightningDataModule):
         """Training samples before optimizer step ``step`` (from 0)."""
         # Counted from where this process started: a fork may have begun with another batch.
         return self.consumed + self.plan.consumed(step) - self.plan.consumed(self._first_step)
+
+    def place_of(self, sample: int) -> dict[str, Any]:
+        """The corpus (of a mixture), shard and offset of a training sample, and how its text begins."""
+        order, size = self.order(), len(self.train_windows)
+        window = sample_index(sample, size, self.seed) if order is None else order(sample)
+        corpus, windows = "", next(iter(self.sources.values()))
+        for corpus, windows in self.sources.items():  # noqa: B007
+            if window < len(windows):
+                break
+            window -= len(windows)
+        path, offset = windows.tokens.place(window * windows.length)
+        try:
+            ids = windows.tokens.slice(window * windows.length, window * windows.length + SHOWN_TOKENS)
+            text = load_tokenizer(path.parent).decode(ids.tolist())
+        except (ConfigError, OverflowError) as error:
+            text = f"cannot be read: {error}"
+        named = {"corpus": corpus} if corpus else {}
+        return {**named, "shard": path.name, "offset": offset, "tokens": windows.length + 1, "text": text}
+
+    def check_unchanged(self) -> list[Path]:
+        """The shards that are gone. Raises ConfigError when one is not what it was when the run began."""
+        every = [*self.sources.values(), *self.val_windows.values()]
+        files = [tokens.files for windows in every for tokens in (windows.tokens, windows.mask) if tokens is not None]
+        return [path for one in files for path in one.check()]
 
     def order(self) -> MixtureOrder | None:
         """The order of a mixture's samples; None for a single corpus.

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +28,15 @@ from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.device import Choices
+from bitnet_train.training.faults import in_one_sentence
 from bitnet_train.training.guard.events import Rollback, go_back
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import RunFolder
+
+# What Lightning and our own callback handle.
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -159,18 +165,23 @@ def build_trainer(
 
 def fit(trainer: L.Trainer, module: TrainingModule, data: L.LightningDataModule, start: Path | None) -> None:
     """Train from the checkpoint ``start``, or from the beginning. Raises KeyboardInterrupt for a second Ctrl-C."""
-    with _quiet_lightning():
+    with _quiet_lightning(), _own_signals():
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except SystemExit as error:  # what Lightning makes of Ctrl-C
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
+        except Exception as error:
+            said = in_one_sentence(error, RunFolder(Path(trainer.default_root_dir)), trainer.global_step + 1)
+            if said is None:
+                raise
+            raise said from None
 
 
 def build_loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:
     """metrics.csv, its rows past step ``first`` cut, and what ``cfg.logger`` adds."""
-    metrics_csv = MetricsCsv(folder.metrics_file)
+    metrics_csv = MetricsCsv(folder.metrics_file, lambda line: console.print(line, markup=False))
     metrics_csv.cut(first)
     if not isinstance(cfg.logger, WandbLogger):
         return [metrics_csv]
@@ -183,6 +194,19 @@ def build_loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, 
 
 def _plain(cfg: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(cfg).items() if k != "logger"}
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signals do afterwards what they did before: a handler of Lightning's that stayed would swallow a SIGTERM, and
+    keep the trainer and all that it holds in memory."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 @contextmanager

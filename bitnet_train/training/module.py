@@ -50,6 +50,8 @@ class TrainingModule(L.LightningModule):
         self.step_loss: Tensor | None = None
         self.step_parts: dict[str, Tensor] = {}
         self.clip_result: ClipResult | None = None
+        # The first step (from 1) of this process that was applied though its loss or norm was not finite; -1: none.
+        self.first_bad: Tensor | None = None
         self.code_cache: CodeCache | None = None
         self._parts: list[LossParts] = []
         # A graph for each size of a batch warm-up: one for changing sizes would compute otherwise in a continued run.
@@ -120,8 +122,19 @@ class TrainingModule(L.LightningModule):
         penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
         loss = self.step_loss = torch.stack([parts.cross_entropy for parts in self._parts]).mean()
         self.clip_result = clip_gradients(self.network, self.clip_rule, self.guard, optimizer, loss, self.global_step)
+        self._note_bad(loss, self.clip_result.norm)
         self.step_parts = self._other_parts(penalty)
         self._parts = []
+
+    @torch.no_grad()
+    def _note_bad(self, loss: Tensor, norm: Tensor) -> None:
+        """Remember the first bad step, on the device, which nobody waits for: steps between log lines count too."""
+        if self.first_bad is None:
+            self.first_bad = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) & (self.first_bad < 0)
+        if self.guard is not None:
+            bad = bad & (self.guard.in_a_row == 0)  # else it was skipped
+        self.first_bad = torch.where(bad, self.global_step + 1, self.first_bad)
 
     def _other_parts(self, penalty: Tensor | None) -> dict[str, Tensor]:
         """The step's total and its parts beside the cross-entropy, with their weights; nothing when there are none."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import bitnet_train
+from bitnet_train.secrets import masked_all
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "triton")
 
@@ -20,7 +21,7 @@ def collect_provenance(chosen: dict[str, Any]) -> dict[str, Any]:
     """Commit, versions and hardware of this process, with ``chosen``: what the automatic settings came to."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": masked_all(sys.argv),
         "git": _git(),
         "versions": {"bitnet_train": bitnet_train.__version__, "python": platform.python_version(), **_versions()},
         "hardware": {

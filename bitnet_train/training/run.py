@@ -11,6 +11,7 @@ from bitnet_train.data.config import MixtureCorpus
 from bitnet_train.data.mixture import stages
 from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
+from bitnet_train.durable import check_archive
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.initial import InitialWeights, check_same_tokenizer, fill_weights
 from bitnet_train.kernels.backend import choose_backend
@@ -64,13 +65,13 @@ def check_start(path: Path, cfg: RunConfig, data_fingerprint: str) -> int:
     # What the Lightning modules are called in a checkpoint.
     network, data = ("classifier", "ImageDataModule") if cfg.on_images else ("decoder", "ShardDataModule")
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, fingerprint = int(content["global_step"]), content[data]["fingerprint"]
         saved = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     except Exception as error:
-        raise ConfigError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
-        ) from None
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ConfigError(f"The checkpoint {path} cannot be read ({why}): choose an older one (RUN@STEP).") from None
     wanted = {f"{network}.{p.name}": p.shape for p in parameter_table(cfg.model)}
     wanted |= {f"{network}.{n}": shape for n, shape in learned_scales(cfg.model, build_spec(cfg.quant)).items()}
     saved = {name: shape for name, shape in saved.items() if name.startswith(f"{network}.")}

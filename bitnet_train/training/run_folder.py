@@ -1,15 +1,15 @@
 """The folder of one run: what lies where, who may write to it, and what continues it."""
 
-import fcntl
 import json
-import os
-import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bitnet_train.durable import check_archive, reason, write_atomically
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.run_lock import RunLock
 
 LAST = "last.ckpt"
 
@@ -29,38 +29,69 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.exports = path / "export"
-        self._lock: Any = None
+        self._lock: RunLock | None = None
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint, or None when the run has saved none."""
-        last = self.checkpoints / LAST
-        return last if last.is_file() else None
+        """The newest checkpoint by its name, looked at no further, or None when the run has saved none."""
+        return next(iter(self._candidates()), None)
 
-    def lock(self) -> None:
-        """Claim the folder for this process until it ends, however it ends.
+    def _candidates(self) -> list[Path]:
+        """The checkpoints in the order in which a run would go on from them.
 
-        A POSIX record lock: the kernel drops it with the process, and loader processes do not inherit it. Raises
-        ConfigError when another process holds it.
+        last.ckpt comes first, unless a later step was saved after it was written: then the process was killed before
+        last.ckpt followed.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
-        except OSError as error:
+        steps = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+        last = self.checkpoints / LAST
+        if not last.is_file():
+            return steps
+        own = last.stat()
+        if steps and steps[0].stat().st_mtime_ns > own.st_mtime_ns:
+            return [*steps, last]
+        return [last, *(step for step in steps if not step.samefile(last))]
+
+    def good_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is whole: its checksums hold and it can be read. None when the run has saved none.
+
+        ``say`` is told when it is not the one that last.ckpt should be. Nothing is deleted. Raises ConfigError when
+        there are checkpoints and none is whole.
+        """
+        broken: list[str] = []
+        candidates = self._candidates()
+        for path in candidates:
+            try:
+                check_checkpoint(path)
+            except (OSError, ValueError) as error:
+                broken.append(f"{path.name}: {reason(error) if isinstance(error, OSError) else error}")
+                continue
+            if broken:
+                say(f"WARNING: {self.checkpoints} holds broken checkpoints ({'; '.join(broken)}): using {path.name}")
+            elif path.name != LAST:
+                gone = "is missing" if not (self.checkpoints / LAST).exists() else "is of an earlier step"
+                say(f"WARNING: {self.checkpoints / LAST} {gone}: using {path.name}")
+            return path
+        if broken:
             raise ConfigError(
-                f"The run folder {self.path} cannot be written ({error.strerror}): choose another with paths.runs=."
-            ) from None
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            raise ConfigError(
-                f"The run folder {self.path} is in use by {holder}: wait for it to end, or choose another run_name."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+                f"Every checkpoint in {self.checkpoints} is broken ({'; '.join(broken)}): restore one from a copy, or "
+                "start again with another run_name; nothing was deleted."
+            )
+        return None
+
+    def lock(self, say: Callable[[str], None] = print) -> None:
+        """Claim the folder for this process until :meth:`unlock`, or until it ends, however it ends.
+
+        Raises ConfigError when another process holds it, and when it cannot be written.
+        """
+        lock = RunLock(self.path, say)
+        lock.acquire()
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def saved_config(self) -> dict[str, Any] | None:
         """The configuration in config.yaml, or None for a new folder. Raises ConfigError when it is unreadable."""
@@ -89,8 +120,15 @@ class RunFolder:
         write_atomically(self.provenance_file, json.dumps({"sessions": [*sessions, session]}, indent=1) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` so that a reader or a crash sees the old or the new text, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+def check_checkpoint(path: Path) -> None:
+    """Raises ValueError, with the reason in words, when ``path`` is no whole checkpoint, OSError when it is unread."""
+    check_archive(path)
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        int(content["global_step"]), content["state_dict"].keys()
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises anything
+        raise ValueError(f"it is no checkpoint of a run ({type(error).__name__})") from None

@@ -90,7 +90,14 @@ class Runs:
 
     def events(self, run: str) -> list[dict[str, Any]]:
         path = self.folder / "runs" / run / "divergence.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if "event" not in line]
+
+    def bad_steps(self, run: str) -> list[dict[str, Any]]:
+        """The lines of divergence.jsonl about single steps."""
+        path = self.folder / "runs" / run / "divergence.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if "event" in line]
 
     def saved(self, run: str, step: int | None = None) -> dict[str, Any]:
         name = "last.ckpt" if step is None else f"step-{step:08d}.ckpt"

@@ -1,7 +1,7 @@
 """Images with their classes, read into memory: scikit-learn's digits, or a data set in the format of the hub."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def _decoded(table: Any, source: HubSource, cfg: ImageDataConfig) -> ImageSet:
             )
     labels = _labels(table, source)
     pixels = np.empty((len(labels), cfg.image_size, cfg.image_size, cfg.channels), dtype=np.uint8)
-    for number, image in enumerate(table.select_columns([field])):
+    for number, image in enumerate(_unpacked(table.select_columns([field]), source)):
         array = _pixels(image[field], cfg.channels)
         if array.shape != pixels.shape[1:]:
             height, width, _ = array.shape
@@ -165,6 +165,18 @@ def _decoded(table: Any, source: HubSource, cfg: ImageDataConfig) -> ImageSet:
             )
         pixels[number] = array
     return ImageSet(pixels, labels)
+
+
+def _unpacked(table: Any, source: HubSource) -> Iterator[Any]:
+    """The rows, decoded one by one. Raises ConfigError for a picture that is damaged or unpacks to any size."""
+    rows = iter(table)
+    for number in range(len(table)):
+        try:
+            row = next(rows)
+        except Exception as error:  # Pillow has many, and one for bombs
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"Image {number} of {source.path} cannot be decoded ({lines[0][:200]}).") from None
+        yield row
 
 
 def _labels(table: Any, source: HubSource) -> np.ndarray:

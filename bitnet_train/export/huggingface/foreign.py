@@ -131,7 +131,9 @@ def load_foreign(folder: Path) -> ForeignCheckpoint:
         tokenizer, missing = None, "the folder has none"
         if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
             try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
             except Exception as error:
                 missing = f"it cannot be loaded ({_first_line(error)})"
     return ForeignCheckpoint(folder, model.eval(), tokenizer, None if tokenizer is not None else missing)

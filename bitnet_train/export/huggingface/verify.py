@@ -129,7 +129,7 @@ class _Checks:
             linear_class = written.get("quantization_config", {}).get("linear_class")
             if linear_class in ("autobitlinear", "bitlinear"):
                 self.variant = replace(self.variant, linear_class=linear_class)
-        understood = self.transformers.AutoConfig.from_pretrained(self.folder)
+        understood = self.transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         cfg, spec = self.canonical.cfg, self.canonical.spec
         wanted = model_config(cfg, spec, self.tokenizer.bos_id, self.tokenizer.eos_id, self.variant)
         seen = _leaves({key: _plain(getattr(understood, key)) for key in wanted if hasattr(understood, key)})
@@ -150,6 +150,7 @@ class _Checks:
             attn_implementation="sdpa",
             output_loading_info=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
         wrong = {key: names for key, names in info.items() if names}
         self.report.add("loads", _problems(wrong) if wrong else type(model).__name__, "every tensor fits", not wrong)
@@ -206,7 +207,9 @@ class _Checks:
 
     def check_tokenizer(self) -> None:
         """The tokenizer's definition, its ids of held-out text, and the way back."""
-        theirs = self.transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        theirs = self.transformers.AutoTokenizer.from_pretrained(
+            self.folder, local_files_only=True, trust_remote_code=False
+        )
         definition = json.loads(theirs.backend_tokenizer.to_str())
         original = json.loads(self.tokenizer.tokenizer.to_str())
         parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")

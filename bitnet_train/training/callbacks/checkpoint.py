@@ -1,33 +1,44 @@
 """Checkpoints by steps and by time, written so that a crash at any moment leaves the last good one whole."""
 
 import contextlib
+import errno
+import io
 import math
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
+from bitnet_train.durable import reason, replace_durably
+from bitnet_train.errors import ConfigError
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import LAST
 
+# What a disk says that has no room left.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class Checkpoints(StepCallback):
     """Saves ``step-XXXXXXXX.ckpt`` and points ``last.ckpt`` to it; keeps the newest ``checkpoint.keep``.
 
-    A file is written under another name, synced and renamed. Metrics of the steps before are on disk by then. A state
-    whose loss or gradient norm is not finite is not saved, and none while the guard skips steps, which a rollback would
-    come back to: the first step that is applied is saved in its place (or the last of the run).
+    A file is written under another name, synced and renamed, and so is the folder; the archive that ``torch.save``
+    writes holds a checksum of each of its records, which whoever reads it compares. Metrics of the steps before are on
+    disk by then. A state whose loss or gradient norm is not finite is not saved, and none while the guard skips steps,
+    which a rollback would come back to: the first step that is applied is saved in its place (or the last of the run).
     """
 
     def __init__(self, clock: TrainingClock, folder: Path) -> None:
         self.clock, self.folder = clock, folder
         self.saved_step = -1
         self._owed = False
+        self._said_gone = False
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -35,6 +46,7 @@ class Checkpoints(StepCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("*.partial"):
             partial.unlink()
+        trainer.strategy.checkpoint_io = WholeFile()
         self._saved_at = time.monotonic()
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
@@ -46,27 +58,104 @@ class Checkpoints(StepCallback):
 
     def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
         """Save the state after ``step``, the ``last`` of the run or not, unless that is done already; False when the
-        state is not worth keeping."""
+        state is not worth keeping.
+
+        Raises ConfigError, with all that was saved before in its place, when the disk does not take it.
+        """
         if step == self.saved_step:
             return True
         if not _worth_keeping(module, last):
             return False
+        path = self.folder / f"step-{step:08d}.ckpt"
+        partial = path.with_suffix(".partial")
         with self.clock.paused():
-            for logger in trainer.loggers:
-                logger.save()
-            path = self.folder / f"step-{step:08d}.ckpt"
-            partial = path.with_suffix(".partial")
-            trainer.save_checkpoint(partial)
-            _sync(partial)
-            partial.replace(path)
-            point_last_to(path)
-            self._prune(module.cfg.checkpoint.keep)
+            self._check_data(trainer)
+            try:
+                for logger in trainer.loggers:
+                    logger.save()
+                trainer.save_checkpoint(partial)
+                replace_durably(partial, path)
+                point_last_to(path)
+                prune(self.folder, path, module.cfg.checkpoint.keep)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+                raise ConfigError(self._not_saved(step, error)) from None
         self.saved_step, self._saved_at = step, time.monotonic()
         return True
 
-    def _prune(self, keep: int) -> None:
-        for old in sorted(self.folder.glob("step-*.ckpt"))[:-keep]:
-            old.unlink()
+    def _check_data(self, trainer: L.Trainer) -> None:
+        """Nothing is saved that was trained on changed data. Raises ConfigError, which says where to go on."""
+        check = getattr(trainer.datamodule, "check_unchanged", None)  # type: ignore[attr-defined]
+        gone = [] if check is None else check()
+        if gone and not self._said_gone:
+            self._said_gone = True
+            print(
+                f"WARNING: the token shard {gone[0]} is gone{f', and {len(gone) - 1} more' if gone[1:] else ''}: the "
+                "run goes on with what it has open; restore it",
+                flush=True,
+            )
+
+    def _not_saved(self, step: int, error: OSError) -> str:
+        there = sorted(self.folder.glob("step-*.ckpt"))
+        before = f"{there[-1]} is intact, and the same command goes on from it" if there else "nothing was saved before"
+        what = "lower checkpoint.keep or free space" if error.errno in FULL else "make the folder writable"
+        return f"The checkpoint of step {step} cannot be written to {self.folder} ({reason(error)}): {what}; {before}."
+
+
+class WholeFile(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own goes through a copy in memory and a temporary file elsewhere, which a kill leaves behind. Raises
+    OSError when the disk does not take it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_archive(checkpoint, Path(path))
+
+
+def write_archive(content: dict[str, Any], path: Path) -> None:
+    """``torch.save`` to ``path``; raises OSError when the disk does not take it."""
+    stream = _Remembering(path)
+    try:
+        with stream:
+            torch.save(content, stream)
+    except RuntimeError:
+        # torch's writer says "unexpected pos" and the like for a failed write.
+        if stream.error is not None:
+            raise stream.error from None
+        raise
+
+
+class _Remembering(io.FileIO):
+    """A file to write that keeps the first error, which torch's archive writer swallows."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of ``data``: a disk that is nearly full takes a part."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return done
+
+
+def prune(folder: Path, newest: Path, keep: int) -> None:
+    """Leave ``newest``, which was just written, and the ``keep`` - 1 before it.
+
+    What lies there of later steps, broken files or those of a branch that was left, goes first.
+    """
+    there = sorted(folder.glob("step-*.ckpt"))
+    for old in [*(p for p in there if p > newest), *(p for p in there if p <= newest)][: max(0, len(there) - keep)]:
+        if old != newest:
+            old.unlink(missing_ok=True)
 
 
 def save_untrained(folder: Path, decoder: Decoder, fingerprint: str) -> None:
@@ -75,9 +164,9 @@ def save_untrained(folder: Path, decoder: Decoder, fingerprint: str) -> None:
     path = folder / "step-00000000.ckpt"
     partial = path.with_suffix(".partial")
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    torch.save({"state_dict": state, "global_step": 0, "ShardDataModule": {"fingerprint": fingerprint}}, partial)
-    _sync(partial)
-    partial.replace(path)
+    content = {"state_dict": state, "global_step": 0, "ShardDataModule": {"fingerprint": fingerprint}}
+    write_archive(content, partial)
+    replace_durably(partial, path)
     point_last_to(path)
 
 
@@ -89,8 +178,7 @@ def point_last_to(path: Path) -> None:
         os.link(path, partial)
     except OSError:
         shutil.copyfile(path, partial)
-        _sync(partial)
-    partial.replace(last)
+    replace_durably(partial, last)
 
 
 def _worth_keeping(module: TrainingModule, last: bool) -> bool:
@@ -103,9 +191,5 @@ def _worth_keeping(module: TrainingModule, last: bool) -> bool:
 
 def _finite(module: TrainingModule) -> bool:
     figures = [module.step_loss, module.clip_result.norm if module.clip_result else None]
-    return all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream, contextlib.suppress(OSError):
-        os.fsync(stream.fileno())
+    before = module.first_bad is not None and int(module.first_bad) >= 0
+    return not before and all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))

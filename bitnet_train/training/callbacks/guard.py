@@ -1,14 +1,18 @@
 """Says which steps the guard skipped, and asks for a return to the last checkpoint."""
 
+from pathlib import Path
+
 import lightning as L
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from bitnet_train.errors import DivergedError
-from bitnet_train.training.callbacks.step import StepCallback, due
+from bitnet_train.training.callbacks.step import StepCallback, due, flush_loggers
 from bitnet_train.training.guard.rule import REMEMBERED, Guard, describe
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.poison import batch_of, note, sentence
+from bitnet_train.training.run_folder import RunFolder
 
 
 class LateReader:
@@ -67,27 +71,35 @@ class GuardWatch(StepCallback):
             if step == cfg.max_steps:
                 in_a_row = max(in_a_row, int(guard.in_a_row))
             if in_a_row >= guard.cfg.rollback_after:
+                self._say(trainer, guard, step)
                 self.reason = describe(guard.recent_steps(step - 1 - in_a_row))
                 guard.going_back = True
                 trainer.should_stop = True
         if step == 1 or due(step, cfg.log_every, cfg.max_steps):
-            self._say(guard, step)
+            self._say(trainer, guard, step)
             self._give_up(trainer, guard, step)
 
-    def _say(self, guard: Guard, step: int) -> None:
+    def _say(self, trainer: L.Trainer, guard: Guard, step: int) -> None:
         total = int(guard.skipped)
         new, self._said = total - self._said, total
         if new:
-            shown = describe(guard.recent_steps()[-min(new, REMEMBERED) :])
+            steps = guard.recent_steps()[-min(new, REMEMBERED) :]
             more = f"the last {REMEMBERED} of {new}: " if new > REMEMBERED else ""
-            self.console.print(f"guard: skipped {more}{shown}; {total} of {step} steps so far", markup=False)
+            file = RunFolder(Path(trainer.default_root_dir)).divergence_file
+            for bad in steps:
+                batch = batch_of(trainer.datamodule, bad.step)  # type: ignore[attr-defined]
+                note(file, "skipped", bad.step, bad.loss, bad.norm, batch)
+            self.console.print(
+                f"guard: skipped {more}{describe(steps)}; {total} of {step} steps so far; the last read "
+                f"{sentence(batch, file)}",
+                markup=False,
+            )
 
     def _give_up(self, trainer: L.Trainer, guard: Guard, step: int) -> None:
         in_a_row = int(guard.in_a_row)
         if guard.cfg.rollback_after is not None or in_a_row < guard.cfg.window:
             return
-        for logger in trainer.loggers:
-            logger.save()
+        flush_loggers(trainer)
         raise DivergedError(
             f"Stopped at step {step}: the guard skipped the last {in_a_row} steps, among them "
             f"{describe(guard.recent_steps(step - in_a_row))}. Start again, or fork from a checkpoint of before "

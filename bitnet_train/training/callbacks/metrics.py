@@ -1,15 +1,18 @@
 """Training metrics: a row every ``trainer.log_every`` steps, to every logger."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from bitnet_train.errors import DivergedError
-from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due, flush_loggers
 from bitnet_train.training.config import consumed_by, step_size
 from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.poison import batch_of, note, sentence
 from bitnet_train.training.rates import rates
+from bitnet_train.training.run_folder import RunFolder
 
 
 class TrainingMetrics(StepCallback):
@@ -72,11 +75,16 @@ class TrainingMetrics(StepCallback):
             self.row |= {"codes/zeros": statistics.zero_share(), "codes/flips": statistics.flip_rate()}
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step)
-        skipped = module.guard is not None and module.guard.skipped_last()
-        if not (math.isfinite(loss) and math.isfinite(norm)) and not skipped:
-            for logger in trainer.loggers:
-                logger.save()
-            raise DivergedError(
-                f"Stopped at step {step}: the loss is {loss:g} and the gradient norm {norm:g}. The last checkpoint is "
-                "intact; lower optimizer.lr, lengthen schedule.warmup or clip harder, and start a new run."
-            )
+        bad = -1 if module.first_bad is None else int(module.first_bad)
+        if bad < 0:
+            return
+        flush_loggers(trainer)
+        file = RunFolder(Path(trainer.default_root_dir)).divergence_file
+        batch = batch_of(trainer.datamodule, bad)  # type: ignore[attr-defined]
+        note(file, "non_finite", bad, loss if bad == step else math.nan, norm if bad == step else math.nan, batch)
+        since = "" if bad == step else f", and first were not finite in step {bad}"
+        raise DivergedError(
+            f"Stopped at step {step}: the loss is {loss:g} and the gradient norm {norm:g}{since}. Step {bad} read "
+            f"{sentence(batch, file)}. The last checkpoint is intact; lower optimizer.lr, lengthen schedule.warmup or "
+            "clip harder, and start a new run; or let guard.skip_non_finite=true skip such steps."
+        )

@@ -9,6 +9,7 @@ from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.evaluation.generate import generate_text
 from bitnet_train.evaluation.sampling import Sampling
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.log_files import LogFile
 from bitnet_train.training.module import PretrainingModule, TrainingModule
 
 HEADING = "## Step "
@@ -18,7 +19,7 @@ class Samples(StepCallback):
     """Appends a section per sampled step, one text per prompt."""
 
     def __init__(self, clock: TrainingClock, tokenizer: TextTokenizer, path: Path) -> None:
-        self.clock, self.tokenizer, self.path = clock, tokenizer, path
+        self.clock, self.tokenizer, self.log_file = clock, tokenizer, LogFile(path)
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         assert isinstance(module, PretrainingModule)
@@ -43,8 +44,7 @@ class Samples(StepCallback):
             # Four backticks, because sampled text may hold three.
             parts.append(f"````text\n{prompt}{''.join(pieces)}\n````\n")
         module.decoder.train()
-        with self.path.open("a") as stream:
-            stream.write("\n".join(parts) + "\n")
+        self.log_file.append("\n".join(parts) + "\n")
 
 
 def cut_samples(path: Path, after_step: int) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning as L
@@ -36,6 +36,13 @@ class StepCallback(L.Callback):
 def due(step: int, every: int | None, last: int) -> bool:
     """Whether something that happens every ``every`` steps and at the ``last`` one happens at ``step``."""
     return every is not None and (step % every == 0 or step == last)
+
+
+def flush_loggers(trainer: L.Trainer) -> None:
+    """Have the loggers write what they hold before the run stops for a worse reason than that they cannot."""
+    for logger in trainer.loggers:
+        with suppress(OSError):
+            logger.save()
 
 
 class TrainingClock:

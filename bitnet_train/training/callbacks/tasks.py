@@ -10,6 +10,7 @@ import torch
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.log_files import LogFile
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import PretrainingModule, TrainingModule
 
@@ -18,7 +19,7 @@ class Tasks(StepCallback):
     """Appends a line with the scores of ``evaluate.tasks`` every ``evaluate.every_steps``."""
 
     def __init__(self, clock: TrainingClock, tokenizer: TextTokenizer, path: Path) -> None:
-        self.clock, self.tokenizer, self.path = clock, tokenizer, path
+        self.clock, self.tokenizer, self.log_file = clock, tokenizer, LogFile(path)
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         assert isinstance(module, PretrainingModule)
@@ -35,8 +36,7 @@ class Tasks(StepCallback):
             module.decoder.train()
         random.setstate(states[0])
         np.random.set_state(states[1])
-        with self.path.open("a") as stream:
-            stream.write(json.dumps({"step": step, "results": results}) + "\n")
+        self.log_file.append(json.dumps({"step": step, "results": results}) + "\n")
         flat = {f"tasks/{task}/{name}": float(v) for task, found in results.items() for name, v in found.items()}
         for logger in trainer.loggers:
             if not isinstance(logger, MetricsCsv):  # its columns are fixed

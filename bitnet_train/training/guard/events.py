@@ -1,4 +1,4 @@
-"""divergence.jsonl: one line for every time that a run went back to a checkpoint.
+"""divergence.jsonl: one line for every time that a run went back to a checkpoint, and one for every bad step.
 
 Where a run goes on is a function of its checkpoint and this file, so that a run that is killed after it went back
 does the same when it is started again.
@@ -7,10 +7,12 @@ does the same when it is started again.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from bitnet_train.errors import DivergedError
+from bitnet_train.durable import reason
+from bitnet_train.errors import ConfigError, DivergedError
 from bitnet_train.training.run_folder import RunFolder, write_atomically
 
 
@@ -31,29 +33,45 @@ class Rollback:
 
 
 def read_rollbacks(path: Path) -> list[Rollback]:
-    """The lines of the file, oldest first; from a damaged line on they do not count."""
+    """The returns in the file, oldest first; from a damaged line on they do not count."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Rollback], list[dict[str, Any]]]:
+    """The returns, and the bad steps (``training.poison.note``), which decide nothing."""
     found: list[Rollback] = []
+    steps: list[dict[str, Any]] = []
     if not path.is_file():
-        return found
-    for line in path.read_text().splitlines():
+        return found, steps
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(Rollback(**json.loads(line)))
-        except (ValueError, TypeError):
+            content = json.loads(line)
+            if "event" in content:
+                steps.append({**content, "step": int(content["step"]), "first_sample": int(content["first_sample"])})
+            else:
+                found.append(Rollback(**content))
+        except (ValueError, TypeError, KeyError):
             break
-    return found
+    return found, steps
 
 
-def write_rollbacks(path: Path, rollbacks: list[Rollback]) -> None:
-    """Replace the file, as a whole."""
-    write_atomically(path, "".join(json.dumps(asdict(rollback)) + "\n" for rollback in rollbacks))
+def write_rollbacks(path: Path, rollbacks: list[Rollback], steps: list[dict[str, Any]] | None = None) -> None:
+    """Replace the file, as a whole; ``steps`` in the place of the bad steps that it holds."""
+    kept = _read(path)[1] if steps is None else steps
+    lines = [*kept, *(asdict(rollback) for rollback in rollbacks)]
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def cut_rollbacks(path: Path, first: int) -> list[Rollback]:
-    """The rollbacks that count for a run that starts from step ``first``; those of later checkpoints are dropped."""
-    found = read_rollbacks(path)
+    """The rollbacks that count for a run that starts from step ``first``; those of later checkpoints are dropped.
+
+    So are bad steps past ``first``, which will be made again, unless their samples were left out.
+    """
+    found, steps = _read(path)
     kept = [rollback for rollback in found if rollback.back_to <= first]
-    if len(kept) < len(found):
-        write_rollbacks(path, kept)
+    left = [s for s in steps if s["step"] <= first or any(s["first_sample"] < r.consumed for r in kept)]
+    if len(kept) < len(found) or len(left) < len(steps):
+        write_rollbacks(path, kept, left)
     return kept
 
 
@@ -75,7 +93,13 @@ def go_back(rollback: Rollback, before: list[Rollback], allowed: int, folder: Ru
             "schedule.warmup or harder clipping, look at the samples that were left out, or allow more with "
             "guard.max_rollbacks."
         )
-    write_rollbacks(folder.divergence_file, [*before, rollback])
+    try:
+        write_rollbacks(folder.divergence_file, [*before, rollback])
+    except OSError as error:
+        raise ConfigError(
+            f"The return to {place} cannot be written to {folder.divergence_file} ({reason(error)}): repair that; the "
+            "same command goes on from there."
+        ) from None
     console.print(
         f"guard: {rollback.reason}: back from step {rollback.step} to {place}, and on behind sample "
         f"{rollback.consumed:,} ({rollback.left_out:,} left out); return {len(before) + 1} of {allowed}",

@@ -1,13 +1,15 @@
 """metrics.csv: one row per logged step, complete before the checkpoint that it belongs to."""
 
 import csv
+import io
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
+from bitnet_train.durable import append_whole, reason, sync_file
 from bitnet_train.training.loggers.csv_rows import cut_rows
 
 COLUMNS = (
@@ -23,14 +25,19 @@ COLUMNS = (
 class MetricsCsv(Logger):
     """Appends rows to a CSV file; values of the same step share a row.
 
-    The row at hand is written when the next step's begins, and by :meth:`flush`, which callbacks call before a
+    The row at hand is written when the next step's begins, and by :meth:`save`, which callbacks call before a
     checkpoint is saved. :meth:`cut` drops rows of steps that a continued run will do again.
+
+    Rows that the disk does not take are kept and written later, in their order; ``say`` hears of it once. A checkpoint
+    is not saved without its rows: :meth:`save` raises OSError then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.say = path, say
         self._row: dict[str, Any] = {}
+        self._waiting: list[dict[str, Any]] = []
+        self._failing = False
 
     @property
     def name(self) -> str:
@@ -54,26 +61,43 @@ class MetricsCsv(Logger):
         if unknown:
             raise ValueError(f"metrics.csv has no column {sorted(unknown)[0]}")
         if self._row and self._row["step"] != step:
-            self.flush()
+            self._try_flush()
         self._row |= {"step": step, **metrics}
 
     def flush(self) -> None:
-        """Write the row at hand."""
-        if not self._row:
+        """Write the row at hand, and those that wait. Raises OSError when the disk does not take them."""
+        if self._row:
+            self._waiting.append({key: _text(value) for key, value in self._row.items()})
+            self._row = {}
+        if not self._waiting:
             return
-        new = not self.path.exists() or self.path.stat().st_size == 0
-        with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow({key: _text(value) for key, value in self._row.items()})
-        self._row = {}
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            writer.writeheader()
+        writer.writerows(self._waiting)
+        append_whole(self.path, text.getvalue())
+        self._waiting = []
+        if self._failing:
+            self._failing = False
+            self.say(f"{self.path} is written again; no row is lost")
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            if not self._failing:
+                self.say(f"warning: {self.path} is not written ({reason(error)}): its rows wait")
+            self._failing = True
 
     def save(self) -> None:
+        """Write all rows and wait until the disk has them. Raises OSError when it does not take them."""
         self.flush()
+        if self.path.exists():
+            sync_file(self.path)
 
     def finalize(self, status: str) -> None:
-        self.flush()
+        self._try_flush()
 
     def cut(self, after_step: int) -> None:
         """Drop all rows of steps past ``after_step``, and a last row that a crash cut short."""

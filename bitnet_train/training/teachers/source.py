@@ -187,7 +187,8 @@ def _transformers_source(name: str, path: Path) -> TransformersSource:
         raise ConfigError(f"loss.teacher={name} is neither a run (no config.yaml) nor a checkpoint (no config.json).")
     transformers = import_transformers(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
+        where = str(path) if path.is_dir() else name
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "" if path.is_dir() else " is no folder here, and no model of the Hugging Face hub that can be had"

@@ -193,7 +193,9 @@ def _transformers_teacher(
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.name, config=source.config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source.name, config=source.config, dtype=dtype, trust_remote_code=False
+        )
     except Exception as error:  # whatever a damaged or foreign checkpoint makes transformers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{KEY}={source.name} cannot be loaded with transformers ({reason}).") from None

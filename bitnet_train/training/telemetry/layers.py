@@ -1,6 +1,7 @@
 """layers.csv: what happens in every quantised layer, and warnings when one collapses."""
 
 import csv
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from bitnet_train.quant.activations import quantise_inputs
 from bitnet_train.quant.hadamard import rotate
 from bitnet_train.training.callbacks.quantisation import state_at
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.log_files import LogFile
 from bitnet_train.training.loggers.csv_rows import cut_rows, read_rows
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import TrainingModule
@@ -36,6 +38,7 @@ class LayerTelemetry(StepCallback):
 
     def __init__(self, clock: TrainingClock, path: Path, console: Console) -> None:
         self.clock, self.path, self.console = clock, path, console
+        self.log_file = LogFile(path, lambda line: console.print(line, markup=False))
         self._layers: dict[str, BitLinear] = {}
         self._before: list[Tensor] = []
         self._batch: Any = None
@@ -127,13 +130,13 @@ class LayerTelemetry(StepCallback):
         return found
 
     def _write(self, step: int, rows: dict[str, dict[str, float]]) -> None:
-        new = not self.path.exists() or self.path.stat().st_size == 0
-        with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            if new:
-                writer.writeheader()
-            for name, row in rows.items():
-                writer.writerow({"step": step, "layer": name, **{key: repr(value) for key, value in row.items()}})
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            writer.writeheader()
+        for name, row in rows.items():
+            writer.writerow({"step": step, "layer": name, **{key: repr(value) for key, value in row.items()}})
+        self.log_file.append(text.getvalue())
 
     def _warn(self, module: TrainingModule, step: int, rows: dict[str, dict[str, float]]) -> None:
         cfg = module.cfg.telemetry

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from bitnet_train.data.images.batches import Batch, SampleNumbers, TrainingImages, in_order
 from bitnet_train.data.images.config import ImageDataConfig
 from bitnet_train.data.images.sources import ImageSplits
+from bitnet_train.data.sampler import sample_index
 from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.datamodule import leave_signals_to_the_run
 
@@ -41,6 +42,11 @@ class ImageDataModule(L.LightningDataModule):
         """Training samples before optimizer step ``step`` (from 0)."""
         # Counted from where this process started: a fork may have begun with another batch.
         return self.consumed + self.plan.consumed(step) - self.plan.consumed(self._first_step)
+
+    def place_of(self, sample: int) -> dict[str, Any]:
+        """The number of a training sample's image among the training images, and its class."""
+        image = sample_index(sample, len(self.splits.train), self.seed)
+        return {"image": image, "class": int(self.splits.train.labels[image])}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(

@@ -1,0 +1,42 @@
+"""What goes wrong with the machine while a run trains, in one sentence that says what is saved and what to do."""
+
+import re
+
+from bitnet_train.durable import is_environment, reason
+from bitnet_train.errors import BitnetTrainError, ConfigError
+from bitnet_train.training.run_folder import RunFolder
+
+# How torch's DataLoader hands on what a worker raised, and how it says that one is gone.
+RAISED_IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.")
+WORKER_GONE = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)\s*(exited unexpectedly|is killed by signal: [^.]*)"
+)
+
+
+def in_one_sentence(error: Exception, folder: RunFolder, step: int) -> BitnetTrainError | None:
+    """The sentence for a fault of the environment in optimizer step ``step`` of the run in ``folder``.
+
+    None for an error that is none: that is a bug, whose traceback is wanted. Running out of memory has sentences of its
+    own (``training.out_of_memory``).
+    """
+    text = str(error)
+    if isinstance(error, BitnetTrainError) and RAISED_IN_WORKER.match(text):
+        # Of the worker's traceback the last line, without the class: our own sentence.
+        return type(error)(f"In step {step}: {text.strip().splitlines()[-1].partition(': ')[2]}")
+    gone = WORKER_GONE.search(text)
+    if isinstance(error, RuntimeError) and gone:
+        return ConfigError(
+            f"In step {step} a data loader process ({gone[1].strip()}) {gone[2].strip()}, which is what the system "
+            f"does when memory runs out: free memory or lower data.workers; {_go_on(folder)}."
+        )
+    if isinstance(error, OSError) and is_environment(error):
+        where = f" {error.filename}" if error.filename else ""
+        return ConfigError(
+            f"In step {step} a file{where} cannot be read or written ({reason(error)}): repair that; {_go_on(folder)}."
+        )
+    return None
+
+
+def _go_on(folder: RunFolder) -> str:
+    last = folder.last_checkpoint
+    return "nothing was saved yet" if last is None else f"{last} is intact, and the same command goes on from it"
