@@ -3,13 +3,18 @@
 from rich.console import Console
 from rich.table import Table
 
+from bitnet_train.ranks import this_process
+
 # Columns of a table that is not printed to a terminal.
 TABLE_WIDTH = 140
 
 
 def make_console() -> Console:
-    """Long lines wrap in a terminal and stay whole elsewhere, where tables have room; numbers are not coloured."""
-    console = Console(soft_wrap=True, highlight=False)
+    """Long lines wrap in a terminal and stay whole elsewhere, where tables have room; numbers are not coloured.
+
+    Of several processes that train together the first one speaks.
+    """
+    console = Console(soft_wrap=True, highlight=False, quiet=not this_process().first)
     if not console.is_terminal:
         console.width = TABLE_WIDTH
     return console

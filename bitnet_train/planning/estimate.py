@@ -20,6 +20,8 @@ from bitnet_train.training.config import (
     TrainerConfig,
     batch_plan,
     micro_batches,
+    processes,
+    processes,
     step_sequences,
 )
 
@@ -109,7 +111,7 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
     available = available_memory() if on_cpu else None
     if available is None:
         where = "this system does not tell its memory" if on_cpu else "the GPU decides when training starts"
-        return replace(trainer, micro_batch=sequences), f"auto, taken for the whole step: {where}"
+        return replace(trainer, micro_batch=sequences // processes(trainer)), f"auto, taken for the whole step: {where}"
     spec, length = build_spec(cfg.quant), cfg.text.sequence_length
     sizes = micro_batches(trainer, length)
     needs = {

@@ -16,6 +16,7 @@ from bitnet_train.data.shards import Manifest, TokenArray
 from bitnet_train.data.windows import Windows
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.batch_warmup import BatchPlan
+from bitnet_train.training.distributed import group
 
 VALIDATION_TOKENS_PER_BATCH = 8192
 
@@ -129,7 +130,14 @@ class ShardDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         size, early = len(self.train_windows), self.plan.early_batches(self._first_step)
         sampler = ConsumedBatchSampler(
-            size, self.plan.micro_batch, self.seed, self.consumed, early=early, order=self.order()
+            size,
+            self.plan.micro_batch,
+            self.seed,
+            self.consumed,
+            rank=group.rank(),
+            world=group.world(),
+            early=early,
+            order=self.order(),
         )
         return DataLoader(
             self.train_windows,

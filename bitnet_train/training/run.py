@@ -19,7 +19,7 @@ from bitnet_train.nn.init import build_decoder
 from bitnet_train.nn.layout import learned_scales, parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
+from bitnet_train.training.callbacks.checkpoint import save_untrained
 from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
@@ -32,6 +32,8 @@ from bitnet_train.training.callbacks.validation import Validation
 from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.checkpoints import build_checkpoints
 from bitnet_train.training.fit import (
     Ending,
     TrainingOutcome,
@@ -152,13 +154,15 @@ def _train_from(
     remembered |= {"data_fingerprint": manifest.fingerprint, "from_step": first}
 
     tokenizer = load_tokenizer(shards)
-    tokenizer.save(folder.tokenizer)  # The run outlives its shards.
+    if group.first():
+        tokenizer.save(folder.tokenizer)  # The run outlives its shards.
     if cfg.evaluate.every_steps is not None:
         from bitnet_train.evaluation.lm_eval_model import check_harness
 
         check_harness(cfg.evaluate, load=True)
     if cfg.trainer.max_steps == 0:
-        save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
+        if group.first():
+            save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
         folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
         return TrainingOutcome(0, None, 0)
     teacher = load_teacher(cfg, choices.device, choices.precision, kernels.backend, tokenizer)
@@ -178,17 +182,17 @@ def _train_from(
             )
         console.print(found.sentence(), markup=False)
         remembered["micro_batch_search"] = found.as_dict()
-        cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
+        cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=group.smallest(found.size)))
     plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
     mixed = stages(cfg.text, cfg.trainer.max_steps) if isinstance(cfg.text.corpus, MixtureCorpus) else None
-    rollbacks = cut_rollbacks(folder.divergence_file, first)
+    rollbacks = group.from_first(lambda: cut_rollbacks(folder.divergence_file, first))
     data = ShardDataModule(cfg.text, shards, manifest, plan, cfg.seed, mixed, resume_point(rollbacks, first))
     for line in data.mixture():
         console.print(line, markup=False)
     early = f" after a warm-up of {plan.warmup_text(cfg.text.sequence_length)}" if plan.warmup else ""
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
-        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.text.sequence_length}){early}, "
+        f"({plan.words} sequences of {cfg.text.sequence_length}){early}, "
         f"{data.epochs(cfg.trainer.max_steps)}",
         markup=False,
     )
@@ -204,7 +208,7 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_token(cfg.decoder, cfg.text.sequence_length), peak)
     validation = Validation(clock, data, tokenizer.byte_lengths())
-    checkpoints = Checkpoints(clock, folder.checkpoints)
+    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [

@@ -35,7 +35,7 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint, or None when the run has saved none."""
         last = self.checkpoints / LAST
-        return last if last.is_file() else None
+        return last if last.exists() else None
 
     def lock(self) -> None:
         """Claim the folder for this process until it ends, however it ends.
@@ -87,6 +87,23 @@ class RunFolder:
             except (ValueError, KeyError):
                 sessions = []
         write_atomically(self.provenance_file, json.dumps({"sessions": [*sessions, session]}, indent=1) + "\n")
+
+
+class SilentRunFolder(RunFolder):
+    """The run folder for all but the first of the processes that train together: it is read and not written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.layers_file = self.samples_file = self.evaluations_file = Path(os.devnull)
+
+    def lock(self) -> None:
+        """The first process holds it."""
+
+    def save_config(self, text: str) -> None:
+        """The first process writes it."""
+
+    def add_provenance(self, session: dict[str, Any]) -> None:
+        """The first process adds it."""
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -39,10 +39,14 @@ class Checkpoints(StepCallback):
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         cfg = module.cfg.checkpoint
-        overdue = cfg.every_minutes is not None and time.monotonic() - self._saved_at >= cfg.every_minutes * 60
+        overdue = self.overdue(cfg.every_minutes)
         last = step == module.cfg.trainer.max_steps
         if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or last or self._owed:
             self._owed = not self.save(trainer, module, step, last) and module.guard is not None
+
+    def overdue(self, minutes: float | None) -> bool:
+        """Whether the last save was so many minutes ago; None: never."""
+        return minutes is not None and time.monotonic() - self._saved_at >= minutes * 60
 
     def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
         """Save the state after ``step``, the ``last`` of the run or not, unless that is done already; False when the
