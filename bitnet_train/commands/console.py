@@ -1,5 +1,7 @@
 """The console that commands print to."""
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +20,11 @@ def make_console() -> Console:
     if not console.is_terminal:
         console.width = TABLE_WIDTH
     return console
+
+
+def loudly(console: Console) -> Callable[[str], None]:
+    """Prints a line that nobody should miss."""
+    return lambda line: console.print(line, style="bold red", markup=False)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_train.commands.console import print_table
+from bitnet_train.commands.console import loudly, print_table
 from bitnet_train.commands.sources import place, spec_after
 from bitnet_train.config import Config
 from bitnet_train.data.images.batches import in_order
@@ -17,6 +16,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.classification import images_loss
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.vision.model import build_classifier
+from bitnet_train.training.distributed.checkpoint_files import read_checkpoint
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.run import check_start
 from bitnet_train.training.run_folder import RunFolder, write_atomically
@@ -28,13 +28,14 @@ PREFIX = "classifier."
 def evaluate_images(cfg: Config, console: Console) -> int:
     """Measure the last checkpoint of ``run=`` in float32; the figures are also left in its evaluation.json."""
     folder = RunFolder(Path(str(cfg.run)))
-    if folder.last_checkpoint is None:
+    checkpoint = folder.good_checkpoint(loudly(console))
+    if checkpoint is None:
         raise ConfigError(f"The run {cfg.run} has saved no checkpoint yet: train it first.")
     splits = load_images(cfg.images)
     # Of other training images, some might be these test images.
-    step = check_start(folder.last_checkpoint, cfg, splits.fingerprint)
-    spec = spec_after(cfg, folder.last_checkpoint, step)
-    state = torch.load(folder.last_checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    step = check_start(checkpoint, cfg, splits.fingerprint)
+    spec = spec_after(cfg, checkpoint, step)
+    state = read_checkpoint(checkpoint, weights_only=True)["state_dict"]
     device, backend = place(cfg)
     model = build_classifier(cfg.classifier, spec, cfg.init, cfg.seed, backend)
     model.load_state_dict({k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)})

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitnet_train.commands.console import loudly, make_console
 from bitnet_train.config import Config
 from bitnet_train.data.prepare import shard_folder
 from bitnet_train.data.shards import MANIFEST, TokenArray, load_manifest, verify_shards
@@ -81,9 +82,10 @@ def open_run(cfg: Config) -> OpenedRun:
         inside = folder.path.parent.parent
         hint = f"; the run is {inside}" if is_export(folder.path) and (inside / "config.yaml").is_file() else ""
         raise ConfigError(f"run={cfg.run} is no run folder (it has no config.yaml){hint}.")
-    if folder.last_checkpoint is None:
+    checkpoint = folder.good_checkpoint(loudly(make_console()))
+    if checkpoint is None:
         raise ConfigError(f"The run {cfg.run} has saved no checkpoint yet: train it first.")
-    canonical = _open(folder.last_checkpoint, cfg)
+    canonical = _open(checkpoint, cfg)
     return OpenedRun(folder, canonical, load_tokenizer(folder.tokenizer))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bitnet_train.commands.console import make_console
+from bitnet_train.commands.console import loudly, make_console
 from bitnet_train.commands.prepare import ensure_prepared
 from bitnet_train.config import Config, check_continuation, to_plain, to_yaml, validate
 from bitnet_train.data.images.sources import load_images
@@ -43,8 +43,8 @@ def run(cfg: Config) -> int:
 
         return launch(to_plain(cfg), processes(cfg.trainer))
 
-    from bitnet_train.training.distributed import group
     from bitnet_train.training.device import choose_device
+    from bitnet_train.training.distributed import group
 
     group.join(ranks, choose_device(cfg) == "cuda")
     group.agree(None)  # who failed before says so now
@@ -59,7 +59,8 @@ def _train(cfg: Config, ranks: Ranks) -> int:
     assert cfg.run_name is not None
     folder = (RunFolder if ranks.first else SilentRunFolder)(Path(cfg.paths.runs) / cfg.run_name)
     fork = _in_turn(ranks, lambda: _claim(cfg, folder))
-    outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, fork, ranks, console)
+    own = _from_first(ranks, lambda: folder.good_checkpoint(loudly(console)))
+    outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, own, fork, ranks, console)
     if not ranks.first:
         return int(outcome.exit_code)
     if outcome.exit_code:
@@ -104,21 +105,32 @@ def _in_turn(ranks: Ranks, action: Any) -> Any:
     return in_turn(action)
 
 
-def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, ranks: Ranks, console: Console) -> Any:
+def _from_first(ranks: Ranks, action: Any) -> Any:
+    """What ``action()`` gives in the first process, in all of them."""
+    if ranks.world == 1:
+        return action()
+    from bitnet_train.training.distributed.group import from_first
+
+    return from_first(action)
+
+
+def _on_text(
+    cfg: Config, folder: RunFolder, own: Path | None, fork: Path | None, ranks: Ranks, console: Console
+) -> Any:
     """Train a language model; the outcome."""
     assert cfg.run_name is not None
 
     def prepare_run() -> Any:
         # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
         _check_teacher(cfg)
-        initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
+        initial = _initial_weights(cfg) if own is None and fork is None else None
         if not ranks.first:
             cfg.text.rebuild = False
         shards, manifest = ensure_prepared(cfg, console)
 
         from bitnet_train.training.run import check_start
 
-        start = folder.last_checkpoint or fork
+        start = own or fork
         # Before this configuration becomes the folder's.
         first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
         if first == 0 and start is not None and start == fork:
@@ -136,7 +148,9 @@ def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, ranks: Ranks, co
     return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
 
 
-def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, ranks: Ranks, console: Console) -> Any:
+def _on_images(
+    cfg: Config, folder: RunFolder, own: Path | None, fork: Path | None, ranks: Ranks, console: Console
+) -> Any:
     """Train an image classifier; the outcome."""
     assert cfg.run_name is not None
 
@@ -145,7 +159,7 @@ def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, ranks: Ranks, 
 
         from bitnet_train.training.run import check_start
 
-        start = folder.last_checkpoint or fork
+        start = own or fork
         first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
         folder.save_config(to_yaml(cfg))
         return splits, start, first
@@ -210,7 +224,7 @@ def _fork_source(cfg: Config, folder: RunFolder) -> Path | None:
     if step and not re.fullmatch(r"\d+", step):
         raise ConfigError(f"resume.from={source}: the part after @ must be a step number.")
     path = checkpoints / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(str(int(p.stem[5:])) for p in sorted(checkpoints.glob("step-*.ckpt"))) or "none"
         raise ConfigError(f"resume.from={source}: {path} does not exist; steps saved there: {there}.")
     return path

@@ -21,6 +21,8 @@ from bitnet_train.nn.layout import learned_scales, parameter_table, quantised_la
 from bitnet_train.nn.rotary import rotary_table
 from bitnet_train.quant.spec import InputQuant, QuantSpec, input_fields
 from bitnet_train.quant.weights import Codes, quantise_weight
+from bitnet_train.training.distributed.checkpoint_files import read_checkpoint
+from bitnet_train.training.run_folder import check_checkpoint
 
 PREFIX = "decoder."
 INPUTS_AS_THEY_ARE: dict[str, Any] = input_fields(InputQuant(None))
@@ -135,15 +137,17 @@ def open_checkpoint(
 ) -> CanonicalCheckpoint:
     """The canonical checkpoint of a training checkpoint, quantised as ``spec``, or as ``spec_after(steps done)`` where
     the run changes it on the way. Raises ConfigError when it is unreadable or does not fit."""
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"The checkpoint {path} does not exist.")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_checkpoint(path)
+        content = read_checkpoint(path, weights_only=True)
         step, state = int(content["global_step"]), content["state_dict"]
         masters = {name.removeprefix(PREFIX): t for name, t in state.items() if name.startswith(PREFIX)}
         fingerprint = content.get("ShardDataModule", {}).get("fingerprint")
-    except Exception as error:  # a damaged zip or pickle raises anything
-        raise ConfigError(f"The checkpoint {path} cannot be read ({type(error).__name__}): use an older one.") from None
+    except Exception as error:  # a damaged pickle raises anything
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ConfigError(f"The checkpoint {path} cannot be read ({why}): use an older one.") from None
     if spec_after is not None:
         spec = spec_after(step)
     return CanonicalCheckpoint(cfg, spec, masters, step, path, fingerprint)

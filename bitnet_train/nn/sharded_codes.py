@@ -29,6 +29,9 @@ from bitnet_train.quant.weights import Codes, row_statistics, rows_to_codes, sca
 
 # Bytes of codes that a process sends at once: enough to keep a network busy, little beside the codes themselves.
 MESSAGE = 32 * 2**20
+# Their names since torch 2.13; the older ones warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Gradients of whole weights that wait to be reduced at the same time, at most.
 IN_FLIGHT = 4
 
@@ -84,12 +87,12 @@ class MasterShard:
         padding = self.chunk * self.world - self.rows
         full = torch.cat([grad, grad.new_zeros(padding, grad.shape[1])]) if padding else grad.contiguous()
         mine = grad.new_empty(self.chunk, grad.shape[1])
-        work = dist.reduce_scatter_tensor(mine, full, group=self.group, async_op=True)
+        work = _reduce_scatter(mine, full, group=self.group, async_op=True)
         self.pending.add(work, self, mine, full)
 
     @torch.no_grad()
     def receive(self, summed: Tensor) -> None:
-        """Add the mean over the processes, of whose sum this process's rows are ``summed``, to the weight's gradient."""
+        """Add this process's rows of the mean over the processes, of which ``summed`` is the sum, to the gradient."""
         weight = self.layer.weight
         assert isinstance(weight, DTensor)
         local = summed[: weight.to_local().shape[0]].div_(self.world)
@@ -220,8 +223,9 @@ class ShardedCodeCache(CodeCache):
     def _exchange(self, messages: list[_Message], scales: dict[int, tuple[Tensor, Tensor]]) -> None:
         mine = torch.cat([message.bytes.flatten() for message in messages])
         world = messages[0].shard.world
-        all_bytes = mine.new_empty(world, mine.numel())
-        dist.all_gather_into_tensor(all_bytes, mine, group=messages[0].shard.group)
+        gathered = mine.new_empty(world * mine.numel())
+        _all_gather(gathered, mine, group=messages[0].shard.group)
+        all_bytes = gathered.view(world, -1)
         start = 0
         for shard, sent in messages:
             rows = all_bytes[:, start : start + sent.numel()].reshape(world * shard.chunk, -1)[: shard.rows]

@@ -21,7 +21,6 @@ from bitnet_train.training.config import (
     batch_plan,
     micro_batches,
     processes,
-    processes,
     step_sequences,
 )
 

@@ -151,7 +151,9 @@ def row_statistics(part: Tensor, layer: LayerQuant, first: int, rows: int) -> Te
     if layer.scheme == "binary":
         sums.append(values.sum(dim=1, dtype=torch.float64))
     where = _groups_of_rows(layer, first, len(part), rows, part.device)
-    return torch.zeros(len(sums), groups, dtype=torch.float64, device=part.device).index_add_(1, where, torch.stack(sums))
+    return torch.zeros(len(sums), groups, dtype=torch.float64, device=part.device).index_add_(
+        1, where, torch.stack(sums)
+    )
 
 
 def scales_from_statistics(sums: Tensor, size: int, layer: LayerQuant) -> tuple[Tensor, Tensor]:

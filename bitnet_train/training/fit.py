@@ -209,6 +209,7 @@ def _quiet_lightning() -> Iterator[None]:
             ".*isinstance.treespec, LeafSpec.*",
             ".*GPU available but not used.*",
             ".*The `srun` command is available.*",
+            ".*`broadcast_buffers` is deprecated.*",  # the new name does not exist in older versions
         ):
             warnings.filterwarnings("ignore", message=message)
         for logger in loggers:

@@ -46,8 +46,8 @@ class TrainingModule(L.LightningModule):
         self.guard = build_guard(cfg.guard)
         self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
         self.regulariser = build_regulariser(cfg.regulariser, network, cfg.trainer.max_steps)
-        # A sum over the samples of a step: Lightning divides the loss of each micro-batch by their number, and gradients
-        # are averaged over the processes.
+        # A sum over the samples of a step: Lightning divides the loss of each micro-batch by their number, and the
+        # gradients are averaged over the processes.
         self._micro_batches: int | None = None
         if isinstance(cfg.loss, CrossEntropyLoss) and cfg.loss.reduction is Reduction.sum:
             rehearsed = isinstance(cfg.trainer.micro_batch, str)
@@ -130,11 +130,13 @@ class TrainingModule(L.LightningModule):
                     del state[name]
                 state |= own
 
+    def on_after_backward(self) -> None:
+        finish_gradients(self.network)
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Called once per optimizer step, after accumulation: rates for this step, regulariser, clip rule, guard."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         set_step_rates(optimizer, self.cfg, self.global_step)
-        finish_gradients(self.network)
         penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
         loss = self.step_loss = group.mean(torch.stack([parts.cross_entropy for parts in self._parts]).mean())
         self.clip_result = clip_gradients(self.network, self.clip_rule, self.guard, optimizer, loss, self.global_step)

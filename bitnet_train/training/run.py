@@ -33,6 +33,7 @@ from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
 from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.checkpoint_files import read_outline
 from bitnet_train.training.distributed.checkpoints import build_checkpoints
 from bitnet_train.training.fit import (
     Ending,
@@ -50,7 +51,7 @@ from bitnet_train.training.micro_batch import find_micro_batch
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
-from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.run_folder import RunFolder, check_checkpoint
 from bitnet_train.training.sub_norms import insert_sub_norms
 from bitnet_train.training.teachers.resume import check_same_teacher
 from bitnet_train.training.teachers.teacher import load_teacher
@@ -66,13 +67,12 @@ def check_start(path: Path, cfg: RunConfig, data_fingerprint: str) -> int:
     # What the Lightning modules are called in a checkpoint.
     network, data = ("classifier", "ImageDataModule") if cfg.on_images else ("decoder", "ShardDataModule")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_checkpoint(path)
+        content, saved = read_outline(path)
         step, fingerprint = int(content["global_step"]), content[data]["fingerprint"]
-        saved = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     except Exception as error:
-        raise ConfigError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}): remove it to go on from an older one."
-        ) from None
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ConfigError(f"The checkpoint {path} cannot be read ({why}): choose an older one (RUN@STEP).") from None
     wanted = {f"{network}.{p.name}": p.shape for p in parameter_table(cfg.model)}
     wanted |= {f"{network}.{n}": shape for n, shape in learned_scales(cfg.model, build_spec(cfg.quant)).items()}
     saved = {name: shape for name, shape in saved.items() if name.startswith(f"{network}.")}

@@ -4,11 +4,13 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bitnet_train.durable import check_archive, reason, write_atomically
 from bitnet_train.errors import ConfigError
 
 LAST = "last.ckpt"
@@ -33,9 +35,50 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint, or None when the run has saved none."""
+        """The newest checkpoint by its name, looked at no further, or None when the run has saved none."""
+        return next(iter(self._candidates()), None)
+
+    def _candidates(self) -> list[Path]:
+        """The checkpoints in the order in which a run would go on from them.
+
+        last.ckpt comes first, unless a later step was saved after it was written: then the process was killed before
+        last.ckpt followed.
+        """
+        steps = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
         last = self.checkpoints / LAST
-        return last if last.exists() else None
+        if not last.exists():  # a file, or a link to a folder of shards
+            return steps
+        own = last.stat()
+        if steps and steps[0].stat().st_mtime_ns > own.st_mtime_ns:
+            return [*steps, last]
+        return [last, *(step for step in steps if not step.samefile(last))]
+
+    def good_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is whole: its checksums hold and it can be read. None when the run has saved none.
+
+        ``say`` is told when it is not the one that last.ckpt should be. Nothing is deleted. Raises ConfigError when
+        there are checkpoints and none is whole.
+        """
+        broken: list[str] = []
+        candidates = self._candidates()
+        for path in candidates:
+            try:
+                check_checkpoint(path)
+            except (OSError, ValueError) as error:
+                broken.append(f"{path.name}: {reason(error) if isinstance(error, OSError) else error}")
+                continue
+            if broken:
+                say(f"WARNING: {self.checkpoints} holds broken checkpoints ({'; '.join(broken)}): using {path.name}")
+            elif path.name != LAST:
+                gone = "is missing" if not (self.checkpoints / LAST).exists() else "is of an earlier step"
+                say(f"WARNING: {self.checkpoints / LAST} {gone}: using {path.name}")
+            return path
+        if broken:
+            raise ConfigError(
+                f"Every checkpoint in {self.checkpoints} is broken ({'; '.join(broken)}): restore one from a copy, or "
+                "start again with another run_name; nothing was deleted."
+            )
+        return None
 
     def lock(self) -> None:
         """Claim the folder for this process until it ends, however it ends.
@@ -106,8 +149,15 @@ class SilentRunFolder(RunFolder):
         """The first process adds it."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` so that a reader or a crash sees the old or the new text, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+def check_checkpoint(path: Path) -> None:
+    """Raises ValueError, with the reason in words, when ``path`` is no whole checkpoint, OSError when it is unread."""
+    from bitnet_train.training.distributed.checkpoint_files import check_folder, read_outline
+
+    (check_folder if path.is_dir() else check_archive)(path)
+    try:
+        content, _ = read_outline(path)
+        int(content["global_step"])
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises anything
+        raise ValueError(f"it is no checkpoint of a run ({type(error).__name__})") from None

@@ -103,9 +103,14 @@ class Workspace:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    corpus = tmp_path / "corpus"
+    write_corpus(tmp_path)
+    return Workspace(tmp_path)
+
+
+def write_corpus(folder: Path) -> None:
+    """40 small texts in ``folder/corpus``."""
+    corpus = folder / "corpus"
     corpus.mkdir()
     for i in range(40):
         lines = [f"line {j} of text {i}: {'abc' * (j % 5)} the quick brown fox {i * j}\n" for j in range(30)]
         (corpus / f"{i:02d}.txt").write_text("".join(lines))
-    return Workspace(tmp_path)

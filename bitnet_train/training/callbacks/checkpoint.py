@@ -1,27 +1,37 @@
 """Checkpoints by steps and by time, written so that a crash at any moment leaves the last good one whole."""
 
 import contextlib
+import errno
+import io
 import math
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
+from bitnet_train.durable import reason, replace_durably
+from bitnet_train.errors import ConfigError
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import LAST
 
+# What a disk says that has no room left.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class Checkpoints(StepCallback):
     """Saves ``step-XXXXXXXX.ckpt`` and points ``last.ckpt`` to it; keeps the newest ``checkpoint.keep``.
 
-    A file is written under another name, synced and renamed. Metrics of the steps before are on disk by then. A state
-    whose loss or gradient norm is not finite is not saved, and none while the guard skips steps, which a rollback would
-    come back to: the first step that is applied is saved in its place (or the last of the run).
+    A file is written under another name, synced and renamed, and so is the folder; the archive that ``torch.save``
+    writes holds a checksum of each of its records, which whoever reads it compares. Metrics of the steps before are on
+    disk by then. A state whose loss or gradient norm is not finite is not saved, and none while the guard skips steps,
+    which a rollback would come back to: the first step that is applied is saved in its place (or the last of the run).
     """
 
     def __init__(self, clock: TrainingClock, folder: Path) -> None:
@@ -34,8 +44,17 @@ class Checkpoints(StepCallback):
         super().on_train_start(trainer, pl_module)
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("*.partial"):
-            partial.unlink()
+            remove(partial)
+        trainer.strategy.checkpoint_io = WholeFile()
         self._saved_at = time.monotonic()
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """What every process does at the start, also one that writes nothing."""
+        self._seen, self._saved_at = trainer.global_step, time.monotonic()
+
+    def saved(self, step: int) -> None:
+        """Remember that the state after ``step`` is saved, or will be."""
+        self.saved_step, self._saved_at = step, time.monotonic()
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         cfg = module.cfg.checkpoint
@@ -50,27 +69,99 @@ class Checkpoints(StepCallback):
 
     def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
         """Save the state after ``step``, the ``last`` of the run or not, unless that is done already; False when the
-        state is not worth keeping."""
+        state is not worth keeping.
+
+        Raises ConfigError, with all that was saved before in its place, when the disk does not take it.
+        """
         if step == self.saved_step:
             return True
-        if not _worth_keeping(module, last):
+        if not worth_keeping(module, last):
             return False
+        path = self.folder / f"step-{step:08d}.ckpt"
+        partial = path.with_suffix(".partial")
         with self.clock.paused():
-            for logger in trainer.loggers:
-                logger.save()
-            path = self.folder / f"step-{step:08d}.ckpt"
-            partial = path.with_suffix(".partial")
-            trainer.save_checkpoint(partial)
-            _sync(partial)
-            partial.replace(path)
-            point_last_to(path)
-            self._prune(module.cfg.checkpoint.keep)
+            try:
+                for logger in trainer.loggers:
+                    logger.save()
+                trainer.save_checkpoint(partial)
+                replace_durably(partial, path)
+                point_last_to(path)
+                prune(self.folder, path, module.cfg.checkpoint.keep)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+                raise ConfigError(self._not_saved(step, error)) from None
         self.saved_step, self._saved_at = step, time.monotonic()
         return True
 
-    def _prune(self, keep: int) -> None:
-        for old in sorted(self.folder.glob("step-*.ckpt"))[:-keep]:
-            old.unlink()
+    def _not_saved(self, step: int, error: OSError) -> str:
+        there = sorted(self.folder.glob("step-*.ckpt"))
+        before = f"{there[-1]} is intact, and the same command goes on from it" if there else "nothing was saved before"
+        what = "lower checkpoint.keep or free space" if error.errno in FULL else "make the folder writable"
+        return f"The checkpoint of step {step} cannot be written to {self.folder} ({reason(error)}): {what}; {before}."
+
+
+class WholeFile(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own goes through a copy in memory and a temporary file elsewhere, which a kill leaves behind. Raises
+    OSError when the disk does not take it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_archive(checkpoint, Path(path))
+
+
+def write_archive(content: dict[str, Any], path: Path) -> None:
+    """``torch.save`` to ``path``; raises OSError when the disk does not take it."""
+    stream = _Remembering(path)
+    try:
+        with stream:
+            torch.save(content, stream)
+    except RuntimeError:
+        # torch's writer says "unexpected pos" and the like for a failed write.
+        if stream.error is not None:
+            raise stream.error from None
+        raise
+
+
+class _Remembering(io.FileIO):
+    """A file to write that keeps the first error, which torch's archive writer swallows."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of ``data``: a disk that is nearly full takes a part."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return done
+
+
+def prune(folder: Path, newest: Path, keep: int) -> None:
+    """Leave ``newest``, which was just written, and the ``keep`` - 1 before it.
+
+    What lies there of later steps, broken files or those of a branch that was left, goes first.
+    """
+    there = sorted(folder.glob("step-*.ckpt"))
+    for old in [*(p for p in there if p > newest), *(p for p in there if p <= newest)][: max(0, len(there) - keep)]:
+        if old != newest:
+            remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder of shards, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_untrained(folder: Path, decoder: Decoder, fingerprint: str) -> None:
@@ -79,9 +170,9 @@ def save_untrained(folder: Path, decoder: Decoder, fingerprint: str) -> None:
     path = folder / "step-00000000.ckpt"
     partial = path.with_suffix(".partial")
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    torch.save({"state_dict": state, "global_step": 0, "ShardDataModule": {"fingerprint": fingerprint}}, partial)
-    _sync(partial)
-    partial.replace(path)
+    content = {"state_dict": state, "global_step": 0, "ShardDataModule": {"fingerprint": fingerprint}}
+    write_archive(content, partial)
+    replace_durably(partial, path)
     point_last_to(path)
 
 
@@ -93,11 +184,11 @@ def point_last_to(path: Path) -> None:
         os.link(path, partial)
     except OSError:
         shutil.copyfile(path, partial)
-        _sync(partial)
-    partial.replace(last)
+    replace_durably(partial, last)
 
 
-def _worth_keeping(module: TrainingModule, last: bool) -> bool:
+def worth_keeping(module: TrainingModule, last: bool) -> bool:
+    """Whether the state after the ``last`` step, or one before, may be gone back to."""
     guard = module.guard
     if guard is not None and guard.skipped_last():
         # The weights are those of the last step that was applied; at the end nothing can come back to them.
@@ -108,8 +199,3 @@ def _worth_keeping(module: TrainingModule, last: bool) -> bool:
 def _finite(module: TrainingModule) -> bool:
     figures = [module.step_loss, module.clip_result.norm if module.clip_result else None]
     return all(math.isfinite(float(f)) for f in figures if isinstance(f, torch.Tensor))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream, contextlib.suppress(OSError):
-        os.fsync(stream.fileno())

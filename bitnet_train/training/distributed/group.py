@@ -209,7 +209,8 @@ def failing_together() -> Iterator[None]:
         found = _announced(REASON_WITHIN) if isinstance(error, RuntimeError) else None
         if found is not None:
             raise _error(*found) from None
-        announce(f"process {rank()} failed with {type(error).__name__}: {str(error).strip().splitlines()[:1]}", 1)
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        announce(f"process {rank()} failed with {type(error).__name__}: {lines[0]}", 1)
         raise
 
 

@@ -53,7 +53,10 @@ def launch(plain: dict[str, Any], count: int) -> int:
                 # A session of its own: what a terminal sends comes through this process, once.
                 children.append(
                     subprocess.Popen(
-                        command, env={**os.environ, **address, **ranks}, start_new_session=True, preexec_fn=_follow_parent
+                        command,
+                        env={**os.environ, **address, **ranks},
+                        start_new_session=True,
+                        preexec_fn=_follow_parent,
                     )
                 )
             for number in received:  # while they were being started

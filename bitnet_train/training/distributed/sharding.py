@@ -1,14 +1,10 @@
 """The network over several processes: master weights as shards, everything else by FSDP2."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
-from bitnet_train.nn.sharded_codes import MasterShard, shard_masters, whole
-
-__all__ = ["finish_gradients", "is_sharded", "plain", "shard_network", "whole"]
+from bitnet_train.nn.sharded_codes import MasterShard, shard_masters
 
 
 def shard_network(network: nn.Module, mesh: DeviceMesh, codes: bool = True) -> None:
@@ -41,21 +37,3 @@ def finish_gradients(network: nn.Module) -> None:
     shards: list[MasterShard] = getattr(network, "master_shards", [])
     if shards:
         shards[0].pending.finish()
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """A norm or another 0-d result as an ordinary tensor: reduced over the shards it came from."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def reshard(network: nn.Module) -> None:
-    """Free what FSDP2 has gathered."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -10,8 +10,8 @@ from bitnet_train.data.images.batches import Batch, SampleNumbers, TrainingImage
 from bitnet_train.data.images.config import ImageDataConfig
 from bitnet_train.data.images.sources import ImageSplits
 from bitnet_train.training.batch_warmup import BatchPlan
-from bitnet_train.training.distributed import group
 from bitnet_train.training.datamodule import leave_signals_to_the_run
+from bitnet_train.training.distributed import group
 
 
 def _as_it_is(batch: Any) -> Any:
