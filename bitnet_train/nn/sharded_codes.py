@@ -75,6 +75,13 @@ class MasterShard:
         layer.stand_in = self.target
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The layer's master weight, a DTensor."""
+        weight = self.layer.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
     def local(self) -> Tensor:
         """This process's rows, (rows, in)."""
         weight = self.layer.weight

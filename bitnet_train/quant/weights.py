@@ -172,6 +172,8 @@ def scales_from_statistics(sums: Tensor, size: int, layer: LayerQuant) -> tuple[
 def rows_to_codes(part: Tensor, layer: LayerQuant, scale: Tensor, mean: Tensor, first: int, rows: int) -> Tensor:
     """Codes int8 (n, in) of rows ``first`` and following of a master weight (``rows``, in), given its whole scales and
     means (:func:`scales_from_statistics`): the same rows of what :func:`quantise_weight` gives for all of it."""
+    if not len(part):  # more processes than rows
+        return part.new_empty(part.shape, dtype=torch.int8)
     where = _groups_of_rows(layer, first, len(part), rows, part.device)
     if layer.scheme == "binary":
         return torch.where(part.detach().float() >= mean[where][:, None], 1, -1).to(torch.int8)

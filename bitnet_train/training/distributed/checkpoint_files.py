@@ -13,6 +13,7 @@ read by an unpickler that knows the few classes of PyTorch that belong in it, an
 import io
 import json
 import pickle
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_checkpoint(path: Path, weights_only: bool = False) -> dict[str, Any]:
     rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     wanted = {name: entry for name, entry in _tensors(path) if not weights_only or name.startswith(f"{STATE}.")}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in wanted.items()}
-    dcp.load(tensors, storage_reader=ShardReader(path), no_dist=True)
+    _load(tensors, path)
     return put_together(rest, tensors)
 
 
@@ -157,8 +158,15 @@ def read_into_shards(path: Path, state: Mapping[str, Tensor], parameters: Mappin
             targets[name] = torch.empty_like(model, dtype=entry.properties.dtype)
         else:
             targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(targets, storage_reader=ShardReader(path), no_dist=True)
+    _load(targets, path)
     return put_together(rest, targets)
+
+
+def _load(tensors: dict[str, Tensor], path: Path) -> None:
+    """Fill ``tensors``, each process its own part, without asking the others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        dcp.load(tensors, storage_reader=ShardReader(path), no_dist=True)
 
 
 def _with_owners(

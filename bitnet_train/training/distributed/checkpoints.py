@@ -178,7 +178,7 @@ def _copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU of a tensor, or of this process's shard of one, that training does not change."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True)
-    local = tensor.detach().to_local().to("cpu", copy=True)
+    local = tensor.to_local().detach().to("cpu", copy=True)
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

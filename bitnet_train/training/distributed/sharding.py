@@ -16,7 +16,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, codes: bool = True) -> N
     shards = shard_masters(network, mesh) if codes else []
     # Not a submodule or a buffer: a list that the network carries along.
     object.__setattr__(network, "master_shards", shards)
-    own = {shard.layer.weight for shard in shards}
+    own = {shard.parameter for shard in shards}
     blocks = getattr(network, "layers", None)
     for block in blocks if isinstance(blocks, nn.ModuleList) else []:
         if any(p.dim() > 1 for p in block.parameters() if p not in own):

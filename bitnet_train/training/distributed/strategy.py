@@ -79,10 +79,9 @@ def several_processes(cfg: RunConfig) -> dict[str, Any]:
     environment: ClusterEnvironment = (
         SLURMEnvironment(auto_requeue=False) if this_process().launcher == "srun" else TorchElasticEnvironment()
     )
-    strategy: LightningStrategy
-    if sharded(cfg):
-        strategy, plugins = Sharded(world), [environment]
-    else:
+    strategy: LightningStrategy = Sharded(world)
+    plugins: list[Any] = [environment]
+    if not sharded(cfg):
         # Buffers are derived from the weights, or moved in the same way by all: nothing has to be sent.
         strategy = Replicated(timeout=COLLECTIVE_TIMEOUT, broadcast_buffers=False, gradient_as_bucket_view=True)
         plugins = [environment, AnyCheckpoint()]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
+from bitnet_train.nn.sharded_codes import shard_like, whole
 from bitnet_train.quant.weights import Codes
 from bitnet_train.training.regularisers.config import (
     CodeDistance,
@@ -103,7 +104,7 @@ class Regulariser:
         for layer in self.layers:
             value, grad = self.penalty(layer)
             values.append(value)
-            grad = (grad * (strength / len(self.layers))).to(layer.weight.dtype)
+            grad = shard_like(layer.weight, (grad * (strength / len(self.layers))).to(layer.weight.dtype))
             if layer.weight.grad is None:
                 layer.weight.grad = grad
             else:
@@ -112,13 +113,13 @@ class Regulariser:
 
 
 def _codes(cfg: CodesRegulariser, layer: BitLinear) -> Penalty:
-    return code_penalty(layer.weight, layer.quantised(), cfg.distance, cfg.target)
+    return code_penalty(whole(layer.weight), layer.quantised(), cfg.distance, cfg.target)
 
 
 def _entropy(cfg: EntropyRegulariser, layer: BitLinear) -> Penalty:
     row_scale = layer.quantised().row_scale()
     return entropy_penalty(
-        layer.weight, row_scale, layer.quant.threshold, min(cfg.floor, math.log2(3)), cfg.temperature
+        whole(layer.weight), row_scale, layer.quant.threshold, min(cfg.floor, math.log2(3)), cfg.temperature
     )
 
 
