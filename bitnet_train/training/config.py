@@ -72,6 +72,10 @@ class TrainerConfig:
     # 2006.15704); fsdp: master weights, gradients and optimizer states are sharded over the processes (Zhao et al.,
     # arXiv 2304.11277; PyTorch's FSDP2), and quantised layers gather codes instead of weights.
     strategy: Strategy = Strategy.auto
+    # Minutes without a finished step, validation and saving included, after which the stacks of all processes go to
+    # the run folder (hang-rank*.txt) and the run ends with exit code 5; null for any time. The first step may take three
+    # times as long.
+    hang_timeout: float | None = None
     # Validate every so many steps, and at the end.
     validate_every: int = 100
     # Write a row of metrics every so many steps.

@@ -35,6 +35,7 @@ from bitnet_train.training.device import choose
 from bitnet_train.training.distributed import group
 from bitnet_train.training.distributed.checkpoint_files import read_outline
 from bitnet_train.training.distributed.checkpoints import build_checkpoints
+from bitnet_train.training.distributed.watchdog import Watchdog
 from bitnet_train.training.fit import (
     Ending,
     TrainingOutcome,
@@ -223,6 +224,7 @@ def _train_from(
         Tasks(clock, tokenizer, folder.evaluations_file),
         stop,
         quantisation,
+        Watchdog(folder.path, cfg.trainer.hang_timeout),
     ]
     trainer = build_trainer(cfg, choices, plan, loggers, callbacks, folder)
     try:

@@ -1,5 +1,7 @@
 """Rules that training with several processes must keep. No torch here, so that a mistake is answered at once."""
 
+import math
+
 from bitnet_train.errors import ConfigError
 from bitnet_train.ranks import Ranks
 from bitnet_train.training.config import RunConfig, Strategy, processes
@@ -19,13 +21,17 @@ def check_processes(cfg: RunConfig) -> None:
         raise ConfigError(f"trainer.devices is {trainer.devices}; it must be at least 1, or auto for all GPUs.")
     if trainer.num_nodes < 1:
         raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}; it must be at least 1.")
+    if trainer.hang_timeout is not None and not 0 < trainer.hang_timeout < math.inf:
+        raise ConfigError(
+            f"trainer.hang_timeout is {trainer.hang_timeout:g}; it must be a positive number of minutes, or null."
+        )
     if trainer.strategy is Strategy.fsdp:
         _check_sharded(cfg)
 
 
 def _check_sharded(cfg: RunConfig) -> None:
     """Raises ConfigError for settings that shards of the weights cannot be trained with, whatever their number."""
-    if not isinstance(cfg.optimizer, AdamWConfig):
+    if type(cfg.optimizer) is not AdamWConfig:
         why = {
             "muon": "orthogonalises whole matrices",
             "adamw_8bit": "keeps moments in blocks that shards of uneven size would cut",

@@ -99,9 +99,9 @@ def largest(*values: int) -> list[int]:
     """The largest of every process's values, at the same place."""
     if world() == 1:
         return list(values)
-    told = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(told, dist.ReduceOp.MAX, group=_HOSTS[0])
-    return [int(value) for value in told]
+    found = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_HOSTS[0])
+    return [int(value) for value in found]
 
 
 def smallest(value: int) -> int:
@@ -113,9 +113,9 @@ def summed(values: list[float]) -> list[float]:
     """The sums over all processes, in float64."""
     if world() == 1:
         return values
-    told = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(told, group=_HOSTS[0])
-    return [float(value) for value in told]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=_HOSTS[0])
+    return [float(value) for value in total]
 
 
 def mean(tensor: Tensor) -> Tensor:
@@ -131,14 +131,14 @@ def from_first(action: Callable[[], T]) -> T:
     """What ``action`` returns in the first process, to all; the others do not do it. Its errors are raised in all."""
     if world() == 1:
         return action()
-    told: list[tuple[T | None, str | None, int]] = [(None, None, 0)]
+    given: list[tuple[T | None, str | None, int]] = [(None, None, 0)]
     if first():
         try:
-            told = [(action(), None, 0)]
+            given = [(action(), None, 0)]
         except BitnetTrainError as error:
-            told = [(None, str(error), error.exit_code)]
-    dist.broadcast_object_list(told, 0, group=_HOSTS[0])
-    value, message, code = told[0]
+            given = [(None, str(error), error.exit_code)]
+    dist.broadcast_object_list(given, 0, group=_HOSTS[0])
+    value, message, code = given[0]
     if message is not None:
         raise _error(message, code)
     return value  # type: ignore[return-value]
@@ -179,9 +179,9 @@ def agree(failure: BitnetTrainError | None) -> None:
         if failure is not None:
             raise failure
         return
-    told: list[tuple[str, int] | None] = [None] * world()
-    dist.all_gather_object(told, None if failure is None else (str(failure), failure.exit_code), group=_HOSTS[0])
-    found = next((one for one in told if one is not None), None)
+    failures: list[tuple[str, int] | None] = [None] * world()
+    dist.all_gather_object(failures, None if failure is None else (str(failure), failure.exit_code), group=_HOSTS[0])
+    found = next((one for one in failures if one is not None), None)
     if found is not None:
         raise failure if failure is not None and first() else _error(*found)
 
@@ -206,7 +206,7 @@ def failing_together() -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except Exception as error:
-        found = _announced(REASON_WITHIN) if isinstance(error, RuntimeError) else None
+        found = announced(REASON_WITHIN) if isinstance(error, RuntimeError) else None
         if found is not None:
             raise _error(*found) from None
         lines = str(error).strip().splitlines() or ["no reason given"]
@@ -216,20 +216,32 @@ def failing_together() -> Iterator[None]:
 
 def announce(message: str, code: int) -> None:
     """Leave the reason for this process's end where the others find it; the first one stays."""
-    with contextlib.suppress(RuntimeError):
-        if not store().check(["failure"]):
-            store().set("failure", f"{code}:{rank()}:{message}")
+    tell("failure", f"{code}:{rank()}:{message}")
 
 
-def _announced(within: float = 0.0) -> tuple[str, int] | None:
+def tell(key: str, value: str) -> None:
+    """Leave a word for the others; the first one stays. Nothing when they cannot be reached."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        if joined() and not store().check([key]):
+            store().set(key, value)
+
+
+def told(key: str) -> str | None:
+    """A word that a process has left, or None."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        if joined() and store().check([key]):
+            return store().get(key).decode()
+    return None
+
+
+def announced(within: float = 0.0) -> tuple[str, int] | None:
     """What another process failed with, as (message, exit code), if it is known ``within`` so many seconds."""
     deadline = time.monotonic() + within
-    with contextlib.suppress(RuntimeError):
-        while True:
-            if store().check(["failure"]):
-                code, who, message = store().get("failure").decode().split(":", 2)
-                return (message, int(code)) if int(who) != rank() else None
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(LOOK_EVERY)
-    return None
+    while True:
+        found = told("failure")
+        if found is not None:
+            code, who, message = found.split(":", 2)
+            return (message, int(code)) if int(who) != rank() else None
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(LOOK_EVERY)

@@ -22,6 +22,7 @@ from bitnet_train.training.config import RunConfig, step_plan
 from bitnet_train.training.device import choose
 from bitnet_train.training.distributed import group
 from bitnet_train.training.distributed.checkpoints import build_checkpoints
+from bitnet_train.training.distributed.watchdog import Watchdog
 from bitnet_train.training.fit import (
     Ending,
     TrainingOutcome,
@@ -117,6 +118,7 @@ def _train_from(
         checkpoints,
         stop,
         quantisation,
+        Watchdog(folder.path, cfg.trainer.hang_timeout),
     ]
     fill_no_memory()
     trainer = build_trainer(cfg, choices, plan, loggers, callbacks, folder)
