@@ -121,7 +121,8 @@ MAY_CHANGE = (
     "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.strategy", "trainer.hang_timeout", "data.workers", "data.verify", "data.rebuild",
+    "trainer.strategy", "trainer.hang_timeout",
+    "trainer.activation_checkpointing", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip
 
 

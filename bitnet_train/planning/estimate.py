@@ -16,6 +16,7 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.config import (
     Accelerator,
+    ActivationCheckpointing,
     RunConfig,
     TrainerConfig,
     batch_plan,
@@ -85,7 +86,13 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
         steps=cfg.trainer.max_steps,
         tokens=plan.consumed(cfg.trainer.max_steps) * cfg.text.sequence_length,
         memory=training_memory(
-            cfg.decoder, spec, plan.micro_batch, cfg.text.sequence_length, cfg.trainer.precision, cfg.optimizer
+            cfg.decoder,
+            spec,
+            plan.micro_batch,
+            cfg.text.sequence_length,
+            cfg.trainer.precision,
+            cfg.optimizer,
+            trainer.activation_checkpointing is ActivationCheckpointing.full,
         ),
         precision=cfg.trainer.precision,
         checkpoint_bytes=checkpoint_bytes(cfg.decoder, spec, cfg.optimizer),
@@ -114,7 +121,16 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
     spec, length = build_spec(cfg.quant), cfg.text.sequence_length
     sizes = micro_batches(trainer, length)
     needs = {
-        size: training_memory(cfg.decoder, spec, size, length, trainer.precision, cfg.optimizer).total for size in sizes
+        size: training_memory(
+            cfg.decoder,
+            spec,
+            size,
+            length,
+            trainer.precision,
+            cfg.optimizer,
+            trainer.activation_checkpointing is ActivationCheckpointing.full,
+        ).total
+        for size in sizes
     }
     size = max((size for size, need in needs.items() if need <= SHARE["cpu"] * available), default=None)
     free = f"{available / 1e9:.1f} GB free here"

@@ -58,6 +58,7 @@ FLIPS: dict[str, Flip] = {
     "trainer.devices": Flip("trainer.devices=2", see="processes"),
     "trainer.num_nodes": Flip("trainer.num_nodes=2", see="processes"),
     "trainer.strategy": Flip("trainer.strategy=fsdp", ("trainer.devices=2",), see="processes"),
+    "trainer.activation_checkpointing": Flip("trainer.activation_checkpointing=full", see="recomputed"),
     "trainer.hang_timeout": Flip("trainer.hang_timeout=1e-5", see="hangs"),
     "trainer.accelerator": Flip("trainer.accelerator=cuda", see="device"),
     **items({"until": "[{until: 2, tokens: 128}]", "tokens": "[{until: 1, tokens: 64}]"}, "[{until: 1, tokens: 128}]",

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from bitnet_train.commands import train
 from bitnet_train.config import Config, to_config
 from bitnet_train.errors import BitnetTrainError
+from bitnet_train.nn.decoder import Block
 from bitnet_train.training.device import choose
 from bitnet_train.training.distributed import launch, watchdog
 from bitnet_train.training.distributed.strategy import several_processes
@@ -150,6 +151,11 @@ def micro_batches(place: Place, changes: tuple[str, ...], monkeypatch: pytest.Mo
     """The shapes that forward passes of training see."""
     return _calls(PretrainingModule, "training_step", lambda _, batch, __: tuple(batch.shape), None,
                   place, changes, monkeypatch)  # fmt: skip
+
+
+def recomputed(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How often a block is computed in training, which the same losses come of."""
+    return _calls(Block, "_compute", lambda *_: torch.is_grad_enabled(), None, place, changes, monkeypatch)
 
 
 def compiled(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
