@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bitnet_train.training.distributed.checkpoint_files import check_folder, read_checkpoint
 from bitnet_train.training.run_folder import RunFolder
@@ -237,3 +238,15 @@ def test_of_two_commands_on_one_run_folder_the_second_is_refused(shared: Shared,
     assert output.count("bitnet_train: ") == 1
     assert "is in use by process" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_have_the_losses_of_one(shared: Shared, strategy: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs")
+    settings = (*ACCUMULATED, "trainer.accelerator=cuda", "trainer.max_steps=10")
+    shared.go(*settings, f"run_name=gpu1{strategy}")
+    shared.go(*settings, *TWO, f"trainer.strategy={strategy}", f"run_name=gpu2{strategy}")
+    for one, two in zip(shared.rows(f"gpu1{strategy}"), shared.rows(f"gpu2{strategy}"), strict=True):
+        assert float(two["train/loss"]) == pytest.approx(float(one["train/loss"]), rel=1e-3)
