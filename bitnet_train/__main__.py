@@ -40,6 +40,7 @@ from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
 from bitnet_train.interrupts import interrupts_wait
+from bitnet_train.ranks import this_process
 from bitnet_train.recipes import (
     Catalogue,
     check_one_kind,
@@ -103,6 +104,7 @@ def answer(arguments: list[str]) -> int:
         others = [argument for argument in others if argument not in ("-m", "--multirun")]
         return _sweep(others, flags.overrides, catalogue)
     except BitnetTrainError as error:
+        error = told_to_all(error)
         _say(str(error))
         return error.exit_code
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
@@ -119,7 +121,29 @@ def answer(arguments: list[str]) -> int:
         return 130
 
 
+def told_to_all(error: BitnetTrainError) -> BitnetTrainError:
+    """The error that all processes that train together end with, when this one failed before they met.
+
+    Without a meeting the others would wait for this one, and only the first one speaks.
+    """
+    ranks = this_process()
+    if ranks.world > 1:
+        import torch
+
+        from bitnet_train.training.distributed import group
+
+        if not group.joined():
+            group.join(ranks, torch.cuda.is_available())
+            try:
+                group.agree(error)
+            except BitnetTrainError as found:
+                return found
+    return error
+
+
 def _say(sentence: str) -> None:
+    if not this_process().first:
+        return
     with suppress(OSError):  # nobody can read it
         print(f"bitnet_train: {masked(sentence)}", file=sys.stderr, flush=True)
 

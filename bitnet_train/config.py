@@ -32,7 +32,7 @@ from bitnet_train.quant.spec import as_steps, build_spec
 from bitnet_train.secrets import is_secret
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
-from bitnet_train.training.config import RunConfig
+from bitnet_train.training.config import RunConfig, processes
 from bitnet_train.training.loggers.config import LOGGER_CONFIGS
 from bitnet_train.training.losses.config import LOSS_CONFIGS, DistillationLoss
 from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
@@ -122,7 +122,9 @@ MAY_CHANGE = (
     "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
     "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
-    "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
+    "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.strategy", "trainer.hang_timeout",
+    "trainer.activation_checkpointing", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip
 
 
@@ -190,6 +192,8 @@ def check_benchmarked(cfg: Config) -> None:
             f"command=benchmark needs one micro-batch for everything it compares, not trainer.micro_batch="
             f"{cfg.trainer.micro_batch}: give a number, or null for the whole step at once."
         )
+    if processes(cfg.trainer) > 1:
+        raise ConfigError("command=benchmark times one process: add trainer.devices=1 trainer.num_nodes=1.")
     if isinstance(cfg.loss, DistillationLoss):
         raise ConfigError("command=benchmark times steps without a teacher: add loss=cross_entropy.")
     for variant in cfg.benchmark.variants:

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bitnet_train.ranks import this_process
+
 # Columns of a table that is not printed to a terminal.
 TABLE_WIDTH = 140
 
@@ -35,8 +37,12 @@ class _Stdout:
 
 
 def make_console() -> Console:
-    """Long lines wrap in a terminal and stay whole elsewhere, where tables have room; numbers are not coloured."""
-    console = Console(soft_wrap=True, highlight=False, file=_Stdout())  # type: ignore[arg-type]
+    """Long lines wrap in a terminal and stay whole elsewhere, where tables have room; numbers are not coloured.
+
+    Of several processes that train together the first one speaks.
+    """
+    quiet = not this_process().first
+    console = Console(soft_wrap=True, highlight=False, quiet=quiet, file=_Stdout())  # type: ignore[arg-type]
     if not console.is_terminal:
         console.width = TABLE_WIDTH
     return console

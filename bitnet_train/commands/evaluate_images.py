@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.classification import images_loss
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.vision.model import build_classifier
+from bitnet_train.training.distributed.checkpoint_files import read_checkpoint
 from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.run import check_start
 from bitnet_train.training.run_folder import RunFolder, write_atomically
@@ -35,7 +35,7 @@ def evaluate_images(cfg: Config, console: Console) -> int:
     # Of other training images, some might be these test images.
     step = check_start(checkpoint, cfg, splits.fingerprint)
     spec = spec_after(cfg, checkpoint, step)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = read_checkpoint(checkpoint, weights_only=True)["state_dict"]
     device, backend = place(cfg)
     model = build_classifier(cfg.classifier, spec, cfg.init, cfg.seed, backend)
     model.load_state_dict({k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)})

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bitnet_train.commands.console import loudly, make_console
 from bitnet_train.commands.prepare import ensure_prepared
-from bitnet_train.config import Config, check_continuation, to_yaml
+from bitnet_train.config import Config, check_continuation, to_plain, to_yaml, validate
 from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
@@ -18,34 +18,61 @@ from bitnet_train.interrupts import interrupts_wait
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.progress import moved_back
 from bitnet_train.quant.spec import build_spec
+from bitnet_train.ranks import Ranks, this_process
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
+from bitnet_train.training.config import processes
+from bitnet_train.training.distributed.checks import check_started
 from bitnet_train.training.losses.config import DistillationLoss
-from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.run_folder import RunFolder, SilentRunFolder
 
 
 def run(cfg: Config) -> int:
-    """Train; the same command again continues. Returns 0, or 130 or 143 when a signal stopped the run after saving."""
+    """Train; the same command again continues. Returns 0, or 130 or 143 when a signal stopped the run after saving.
+
+    Starts the processes of this machine first where there must be several and nothing else has started them.
+    """
+    ranks = this_process()
+    if cfg.trainer.devices == "auto":
+        from bitnet_train.training.device import available_devices
+
+        cfg.trainer.devices = ranks.local_world if ranks.world > 1 else available_devices(cfg)
+    if ranks.world == 1 and processes(cfg.trainer) == 1:
+        return _train(cfg, ranks)
+    validate(cfg)  # with the number of processes
+    check_started(cfg, ranks)
+    if ranks.world == 1:
+        from bitnet_train.training.distributed.launch import launch
+
+        return launch(to_plain(cfg), processes(cfg.trainer))
+
+    from bitnet_train.training.device import choose_device
+    from bitnet_train.training.distributed import group
+
+    group.join(ranks, choose_device(cfg) == "cuda")
+    group.agree(None)  # who failed before says so now
+    with group.failing_together():
+        code = _train(cfg, ranks)
+    group.leave()
+    return code
+
+
+def _train(cfg: Config, ranks: Ranks) -> int:
     console = make_console()
     assert cfg.run_name is not None
-    folder = RunFolder(Path(cfg.paths.runs) / cfg.run_name)
-    fork = _fork_source(cfg, folder)
-    folder.lock(loudly(console))
+    folder = (RunFolder if ranks.first else SilentRunFolder)(Path(cfg.paths.runs) / cfg.run_name)
     try:
-        return _run(cfg, folder, fork, console)
+        return _run(cfg, folder, ranks, console)
     finally:
         folder.unlock()
 
 
-def _run(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> int:
-    saved = folder.saved_config()
-    if saved is not None:
-        with interrupts_wait():
-            check_continuation(saved, cfg, folder.config_file)
-        _check_same_fork(saved, cfg, folder)
+def _run(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> int:
     assert cfg.run_name is not None
-    if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
-        raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
-    outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, fork, console)
+    fork = _in_turn(ranks, lambda: _claim(cfg, folder, console))
+    own = _from_first(ranks, lambda: folder.good_checkpoint(loudly(console)))
+    outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, own, fork, ranks, console)
+    if not ranks.first:
+        return int(outcome.exit_code)
     if outcome.exit_code:
         where = f"stopped at step {outcome.step}, saved in {folder.checkpoints}"
         if not outcome.saved:
@@ -66,43 +93,96 @@ def _run(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) ->
     return 0
 
 
-def _on_text(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> Any:
+def _claim(cfg: Config, folder: RunFolder, console: Console) -> Path | None:
+    """Lock the run folder for this configuration, which must be the one it was started with; what the run forks."""
+    fork = _fork_source(cfg, folder)
+    folder.lock(loudly(console))
+    saved = folder.saved_config()
+    if saved is not None:
+        with interrupts_wait():
+            check_continuation(saved, cfg, folder.config_file)
+        _check_same_fork(saved, cfg, folder)
+    if fork is not None and folder.last_checkpoint is None and initial_source(cfg.init) is not None:
+        raise ConfigError("resume.from and init.from are two starts of one run: leave one of them out.")
+    return fork
+
+
+def _in_turn(ranks: Ranks, action: Any) -> Any:
+    """``action()`` in the first process, then in the others; a failure of one is a failure of all."""
+    if ranks.world == 1:
+        return action()
+    from bitnet_train.training.distributed.group import in_turn
+
+    return in_turn(action)
+
+
+def _from_first(ranks: Ranks, action: Any) -> Any:
+    """What ``action()`` gives in the first process, in all of them."""
+    if ranks.world == 1:
+        return action()
+    from bitnet_train.training.distributed.group import from_first
+
+    return from_first(action)
+
+
+def _on_text(
+    cfg: Config, folder: RunFolder, own: Path | None, fork: Path | None, ranks: Ranks, console: Console
+) -> Any:
     """Train a language model; the outcome."""
-    # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
-    _check_teacher(cfg)
-    initial = _initial_weights(cfg) if folder.last_checkpoint is None and fork is None else None
-    shards, manifest = ensure_prepared(cfg, console)
-
-    from bitnet_train.training.run import check_start, train
-
     assert cfg.run_name is not None
-    start = folder.good_checkpoint(loudly(console)) or fork
-    # Before this configuration becomes the folder's.
-    first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
-    if first == 0 and start is not None and start == fork:
-        raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
-    if first == 0 and start is not None and cfg.trainer.max_steps > 0:
-        start = None  # a run that has only saved its initial weights makes them again
-        initial = _initial_weights(cfg)
-    _say_moved(cfg, folder, first, console)
-    with interrupts_wait():
-        folder.save_config(to_yaml(cfg))
+
+    def prepare_run() -> Any:
+        # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
+        _check_teacher(cfg)
+        initial = _initial_weights(cfg) if own is None and fork is None else None
+        if not ranks.first:
+            cfg.text.rebuild = False
+        shards, manifest = ensure_prepared(cfg, console)
+
+        from bitnet_train.training.run import check_start
+
+        start = own or fork
+        # Before this configuration becomes the folder's.
+        first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
+        if first == 0 and start is not None and start == fork:
+            raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
+        if first == 0 and start is not None and cfg.trainer.max_steps > 0:
+            start = None  # a run that has only saved its initial weights makes them again
+            initial = _initial_weights(cfg)
+        _say_moved(cfg, folder, first, console)
+        with interrupts_wait():
+            folder.save_config(to_yaml(cfg))
+        return shards, manifest, start, first, initial
+
+    shards, manifest, start, first, initial = _in_turn(ranks, prepare_run)
+
+    from bitnet_train.training.run import train
+
     return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
 
 
-def _on_images(cfg: Config, folder: RunFolder, fork: Path | None, console: Console) -> Any:
+def _on_images(
+    cfg: Config, folder: RunFolder, own: Path | None, fork: Path | None, ranks: Ranks, console: Console
+) -> Any:
     """Train an image classifier; the outcome."""
-    splits = load_images(cfg.images)
+    assert cfg.run_name is not None
 
-    from bitnet_train.training.run import check_start
+    def prepare_run() -> Any:
+        splits = load_images(cfg.images)
+
+        from bitnet_train.training.run import check_start
+
+        start = own or fork
+        first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
+        _say_moved(cfg, folder, first, console)
+        with interrupts_wait():
+            folder.save_config(to_yaml(cfg))
+        return splits, start, first
+
+    splits, start, first = _in_turn(ranks, prepare_run)
+
     from bitnet_train.training.vision.run import train_classifier
 
-    assert cfg.run_name is not None
-    start = folder.good_checkpoint(loudly(console)) or fork
-    first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
-    _say_moved(cfg, folder, first, console)
-    with interrupts_wait():
-        folder.save_config(to_yaml(cfg))
     return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
 
 
@@ -170,7 +250,7 @@ def _fork_source(cfg: Config, folder: RunFolder) -> Path | None:
     if step and not re.fullmatch(r"\d+", step):
         raise ConfigError(f"resume.from={source}: the part after @ must be a step number.")
     path = checkpoints / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(str(int(p.stem[5:])) for p in sorted(checkpoints.glob("step-*.ckpt"))) or "none"
         raise ConfigError(f"resume.from={source}: {path} does not exist; steps saved there: {there}.")
     return path

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_train.durable import check_archive
 from bitnet_train.errors import ConfigError
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.code_cache import keep_codes
@@ -22,6 +21,8 @@ from bitnet_train.nn.layout import learned_scales, parameter_table, quantised_la
 from bitnet_train.nn.rotary import rotary_table
 from bitnet_train.quant.spec import InputQuant, QuantSpec, input_fields
 from bitnet_train.quant.weights import Codes, quantise_weight
+from bitnet_train.training.distributed.checkpoint_files import read_checkpoint
+from bitnet_train.training.run_folder import check_checkpoint
 
 PREFIX = "decoder."
 INPUTS_AS_THEY_ARE: dict[str, Any] = input_fields(InputQuant(None))
@@ -136,11 +137,11 @@ def open_checkpoint(
 ) -> CanonicalCheckpoint:
     """The canonical checkpoint of a training checkpoint, quantised as ``spec``, or as ``spec_after(steps done)`` where
     the run changes it on the way. Raises ConfigError when it is unreadable or does not fit."""
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"The checkpoint {path} does not exist.")
     try:
-        check_archive(path)
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_checkpoint(path)
+        content = read_checkpoint(path, weights_only=True)
         step, state = int(content["global_step"]), content["state_dict"]
         masters = {name.removeprefix(PREFIX): t for name, t in state.items() if name.startswith(PREFIX)}
         fingerprint = content.get("ShardDataModule", {}).get("fingerprint")

@@ -58,6 +58,8 @@ class BitLinear(nn.Linear):
         self.gradient = gradient
         # A learned scale starts at the statistic of the weights; see nn.init.
         self.weight_scale: nn.Parameter | None = None
+        # Where master weights are sharded: what receives the gradient in the place of ``weight`` (nn.sharded_codes).
+        self.stand_in: Tensor | None = None
         if quant.trainable_scale:
             groups = quant.group_count(out_features)
             self.weight_scale = nn.Parameter(torch.empty(groups, device=device, dtype=torch.float32))
@@ -83,6 +85,11 @@ class BitLinear(nn.Linear):
         edit them in place, so that compiled code goes on.
         """
         self.weight_blend, self.input_blend = weights, inputs
+
+    @property
+    def master(self) -> Tensor:
+        """What receives the gradient of the weights (out, in): the master weight, or its stand-in."""
+        return self.weight if self.stand_in is None else self.stand_in
 
     @property
     def kept(self) -> Codes | None:
@@ -153,7 +160,7 @@ def shared_input_forward(
         group = [layer for layer in whole if layer.quant.inputs == inputs]
         weights = kept if kept is not None and len(group) == len(layers_of(layers)) else stack_codes(group)
         parts, x = shared_bit_linear(
-            x, delta, weights, [layer.weight for layer in group], rows=[layer.out_features for layer in group],
+            x, delta, weights, [layer.master for layer in group], rows=[layer.out_features for layer in group],
             gate=gate, activation=activation, bias=_stack_biases(group), norm_weight=norm_weight, norm_eps=norm_eps,
             inputs=inputs, out_dtype=compute_dtype(group[0].weight), backend=group[0].backend,
             gradient=group[0].gradient, learned=[layer.weight_scale for layer in group],
@@ -200,7 +207,7 @@ def stack_codes(layers: Sequence[BitLinear]) -> WeightCodes:
 def _stack_biases(layers: Sequence[BitLinear]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    absent = layers[0].weight.new_zeros
+    absent = layers[0].master.new_zeros
     return torch.cat([absent(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
 
 

@@ -5,14 +5,14 @@ after every optimizer step and after loading a state dict, and by :meth:`CodeCac
 weights. Parameter version counters are not used: ``AdamW(fused=True)`` and edits through ``.data`` do not move them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitnet_train.kernels.backend import WeightCodes
+from bitnet_train.kernels.backend import Backend, WeightCodes
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, stack_codes
 from bitnet_train.quant.packing import pack_quarters
 from bitnet_train.quant.weights import Codes
@@ -59,10 +59,18 @@ class CodeCache:
         self.statistics: CodeStatistics | None = None
         self._measure_next = False
         self._find_layers()
-        self._handles: list[Any] = [model.register_load_state_dict_post_hook(_refresh_loaded)]
+        self._handles: list[Any] = [model.register_load_state_dict_post_hook(self._on_load)]
         if optimizer is not None:
             self.attach(optimizer)
         self.refresh()
+
+    @property
+    def _on_load(self) -> Callable[[nn.Module, Any], None]:
+        return _refresh_loaded
+
+    @property
+    def _quantise(self) -> "Quantise":
+        return quantise_master
 
     def _find_layers(self) -> None:
         model = self.model
@@ -93,7 +101,7 @@ class CodeCache:
         before = {id(layer): layer.codes.clone() for layer in self._layers if measure and layer.codes is not None}
         modules: list[SharedInput | BitLinear] = [*self._shared, *self._single]
         for module in modules:
-            refresh(module)
+            refresh(module, self._quantise)
         if not measure or not self._layers:
             return
         zeros, flips = [], []
@@ -133,26 +141,35 @@ def _refresh_loaded(model: nn.Module, _: Any) -> None:
             refresh(module)
 
 
-def refresh(module: SharedInput | BitLinear) -> None:
+# (layer, its backend, where the codes and their backward layout go or None) -> the layer's codes.
+Quantise = Callable[[BitLinear, Backend, Tensor | None, Tensor | None], Codes]
+
+
+def quantise_master(layer: BitLinear, kernels: Backend, codes: Tensor | None, backward: Tensor | None) -> Codes:
+    """The codes of the layer's master weight, of all its rows where FSDP2 has sharded it: a shard's own mean would give
+    other codes. A call for all processes then."""
+    scale = None if layer.weight_scale is None else _whole(layer.weight_scale)
+    return kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward, scale)
+
+
+def refresh(module: SharedInput | BitLinear, quantise: Quantise = quantise_master) -> None:
     """Bring the kept codes of a stack, or of a layer outside stacks, up to the master weights."""
     if isinstance(module, SharedInput):
-        refresh_stack(module)
+        refresh_stack(module, quantise)
     else:
-        refresh_layer(module)
+        refresh_layer(module, quantise)
 
 
-def refresh_layer(layer: BitLinear) -> None:
+def refresh_layer(layer: BitLinear, quantise: Quantise = quantise_master) -> None:
     """Bring the kept codes of a single layer up to its master weight, in place: compiled graphs hold the buffers."""
-    kept = layer.kept
+    kept, backend = layer.kept, layer.choose_backend(layer.weight.device)
     if kept is None or kept.codes.device != layer.weight.device:
-        backend = layer.choose_backend(layer.weight.device)
-        layer.keep(backend.quantise_weight(_whole(layer.weight), layer.quant, scale=layer.weight_scale))
+        layer.keep(quantise(layer, backend, None, None))
     else:
-        backend, learned = layer.choose_backend(layer.weight.device), layer.weight_scale
-        kept.scale.copy_(backend.quantise_weight(_whole(layer.weight), layer.quant, kept.codes, scale=learned).scale)
+        kept.scale.copy_(quantise(layer, backend, kept.codes, None).scale)
 
 
-def refresh_stack(shared: SharedInput) -> None:
+def refresh_stack(shared: SharedInput, quantise: Quantise = quantise_master) -> None:
     """Bring the stacked codes of ``shared`` up to the master weights, in place: compiled graphs hold the buffers.
 
     The stack is allocated when it is missing or on another device. The layers' codes are views of it, so one write
@@ -163,7 +180,7 @@ def refresh_stack(shared: SharedInput) -> None:
         _allocate(shared, device)
     for layer, codes, row_scale, backward in _parts(shared):
         kernels, kept = layer.choose_backend(device), layer.kept
-        fresh = kernels.quantise_weight(_whole(layer.weight), layer.quant, codes, backward, layer.weight_scale)
+        fresh = quantise(layer, kernels, codes, backward)
         if kept is not None and kept.codes.data_ptr() == codes.data_ptr() and kept.codes.device == device:
             kept.scale.copy_(fresh.scale)
         else:
@@ -172,7 +189,6 @@ def refresh_stack(shared: SharedInput) -> None:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """The weight itself, or all rows of one that FSDP2 has sharded: a shard's own mean would give other codes."""
     whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     return whole
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.kernels.op import compute_dtype
@@ -174,6 +175,8 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg, linear, self.input_layernorm)
         self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps) if before else None
         self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
+        # Keep nothing but the inputs for the backward pass, which computes the block again.
+        self.recompute = False
 
     def forward(
         self,
@@ -185,6 +188,23 @@ class Block(nn.Module):
         collector: Collector | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream before this block's FFN, and the FFN's result that the next reader adds to it."""
+        if self.recompute and torch.is_grad_enabled():
+            # (Chen et al. 2016, arXiv 1604.06174.) No random numbers are drawn in a block.
+            again: tuple[Tensor, Tensor] = checkpoint(
+                self._compute, x, delta, place, cache, layer, collector, use_reentrant=False, preserve_rng_state=False
+            )
+            return again
+        return self._compute(x, delta, place, cache, layer, collector)
+
+    def _compute(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        place: Place,
+        cache: KVCache | None,
+        layer: int,
+        collector: Collector | None = None,
+    ) -> tuple[Tensor, Tensor]:
         attended, x = self.self_attn(x, delta, place, cache, layer, collector)
         result, x = self.mlp(x, attended)
         return x, result
@@ -215,6 +235,12 @@ class Decoder(nn.Module):
         cos, sin = rotary_table(cfg.head_dim, cfg.context, cfg.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Compute every block again in the backward pass instead of keeping what it needs."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.recompute = on
 
     @property
     def head_weight(self) -> Tensor:

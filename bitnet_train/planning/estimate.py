@@ -16,10 +16,12 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.config import (
     Accelerator,
+    ActivationCheckpointing,
     RunConfig,
     TrainerConfig,
     batch_plan,
     micro_batches,
+    processes,
     step_sequences,
 )
 
@@ -84,7 +86,13 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
         steps=cfg.trainer.max_steps,
         tokens=plan.consumed(cfg.trainer.max_steps) * cfg.text.sequence_length,
         memory=training_memory(
-            cfg.decoder, spec, plan.micro_batch, cfg.text.sequence_length, cfg.trainer.precision, cfg.optimizer
+            cfg.decoder,
+            spec,
+            plan.micro_batch,
+            cfg.text.sequence_length,
+            cfg.trainer.precision,
+            cfg.optimizer,
+            trainer.activation_checkpointing is ActivationCheckpointing.full,
         ),
         precision=cfg.trainer.precision,
         checkpoint_bytes=checkpoint_bytes(cfg.decoder, spec, cfg.optimizer),
@@ -109,11 +117,20 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
     available = available_memory() if on_cpu else None
     if available is None:
         where = "this system does not tell its memory" if on_cpu else "the GPU decides when training starts"
-        return replace(trainer, micro_batch=sequences), f"auto, taken for the whole step: {where}"
+        return replace(trainer, micro_batch=sequences // processes(trainer)), f"auto, taken for the whole step: {where}"
     spec, length = build_spec(cfg.quant), cfg.text.sequence_length
     sizes = micro_batches(trainer, length)
     needs = {
-        size: training_memory(cfg.decoder, spec, size, length, trainer.precision, cfg.optimizer).total for size in sizes
+        size: training_memory(
+            cfg.decoder,
+            spec,
+            size,
+            length,
+            trainer.precision,
+            cfg.optimizer,
+            trainer.activation_checkpointing is ActivationCheckpointing.full,
+        ).total
+        for size in sizes
     }
     size = max((size for size, need in needs.items() if need <= SHARE["cpu"] * available), default=None)
     free = f"{available / 1e9:.1f} GB free here"

@@ -73,8 +73,13 @@ def training_memory(
     sequence_length: int,
     precision: str,
     optimizer: OptimizerConfig | None = None,
+    recomputed: bool = False,
 ) -> TrainingMemory:
-    """Bytes that training needs (with AdamW if no ``optimizer`` is given); see the table above."""
+    """Bytes that training needs (with AdamW if no ``optimizer`` is given); see the table above.
+
+    With ``recomputed`` (trainer.activation_checkpointing=full) blocks keep their inputs alone, and one of them at a
+    time what it computes again.
+    """
     counts = count_parameters(cfg, spec)
     compute = compute_bytes(precision)
     scales = FLOAT32 * count_scales(cfg, spec)
@@ -84,7 +89,7 @@ def training_memory(
         optimizer_state=optimizer_state(optimizer or AdamWConfig(), cfg).bytes + 2 * scales,  # of AdamW, in Muon too
         code_buffers=_code_buffers(cfg, spec, counts),
         compute_copies=_compute_copies(cfg, counts, compute),
-        activations=_activations(cfg, spec, micro_batch * sequence_length, compute),
+        activations=_activations(cfg, spec, micro_batch * sequence_length, compute, recomputed),
     )
 
 
@@ -98,10 +103,19 @@ def _compute_copies(cfg: DecoderConfig, counts: ParameterCounts, compute: int) -
     return 0 if compute == FLOAT32 else compute * counts.linear.get("float", 0)
 
 
-def _activations(cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int) -> dict[str, int]:
+def _activations(
+    cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int, recomputed: bool = False
+) -> dict[str, int]:
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0, "attention": 0, "FFN": 0}
-    for layer in range(cfg.layers):
-        for part, size in _block_per_token(cfg, spec, layer, compute).items():
+    blocks = [_block_per_token(cfg, spec, layer, compute) for layer in range(cfg.layers)]
+    if recomputed:
+        # The stream, and what the block before adds to it.
+        inputs = cfg.layers * _residual_bytes(cfg) + (cfg.layers - 1) * compute
+        largest = max(sum(block.values()) for block in blocks)
+        parts = {"block inputs": tokens * cfg.hidden * inputs, "the block computed again": tokens * largest}
+        blocks = []
+    for block in blocks:
+        for part, size in block.items():
             parts[part] += tokens * size
     # The final norm keeps its input and its normed state; the loss keeps its gradients, computed in the forward pass.
     residual = _residual_bytes(cfg)

@@ -133,6 +133,53 @@ def quantise_weight(weight: Tensor, layer: LayerQuant, scale: Tensor | None = No
     return WEIGHT_QUANTISERS[layer.scheme](weight, layer, scale.detach().float().clamp(min=SCALE_FLOOR))
 
 
+def _groups_of_rows(layer: LayerQuant, first: int, count: int, rows: int, device: torch.device) -> Tensor:
+    """The group of each of ``count`` rows from row ``first`` on of a weight of ``rows`` rows, int64 (count,)."""
+    return torch.arange(first, first + count, device=device) // (rows // layer.group_count(rows))
+
+
+@torch.no_grad()
+def row_statistics(part: Tensor, layer: LayerQuant, first: int, rows: int) -> Tensor:
+    """What rows ``first`` and following, ``part`` (n, in), of a master weight (``rows``, in) add to its statistics.
+
+    float64 (1, groups), or (2, groups) for binary weights: the sums of ``|W|``, and of ``W``. Sums of the parts give
+    :func:`scales_from_statistics`. A weight that is not finite makes its group's sum so.
+    """
+    groups = layer.group_count(rows)
+    values = part.detach().float()
+    sums = [values.abs().sum(dim=1, dtype=torch.float64)]
+    if layer.scheme == "binary":
+        sums.append(values.sum(dim=1, dtype=torch.float64))
+    where = _groups_of_rows(layer, first, len(part), rows, part.device)
+    return torch.zeros(len(sums), groups, dtype=torch.float64, device=part.device).index_add_(
+        1, where, torch.stack(sums)
+    )
+
+
+def scales_from_statistics(sums: Tensor, size: int, layer: LayerQuant) -> tuple[Tensor, Tensor]:
+    """Scales and means float32 (groups,) from the whole weight's :func:`row_statistics`, ``size`` weights in a group.
+
+    The scales are those of :func:`statistic_scale`, for the statistic absmean.
+    """
+    means = sums.div(size).float()
+    scale = means[0].clamp(min=SCALE_FLOOR)
+    if layer.scheme == "symmetric":
+        scale = (scale * (2.0 / math.sqrt(layer.largest_code))).clamp(min=SCALE_FLOOR)
+    return scale, means[-1]
+
+
+@torch.no_grad()
+def rows_to_codes(part: Tensor, layer: LayerQuant, scale: Tensor, mean: Tensor, first: int, rows: int) -> Tensor:
+    """Codes int8 (n, in) of rows ``first`` and following of a master weight (``rows``, in), given its whole scales and
+    means (:func:`scales_from_statistics`): the same rows of what :func:`quantise_weight` gives for all of it."""
+    if not len(part):  # more processes than rows
+        return part.new_empty(part.shape, dtype=torch.int8)
+    where = _groups_of_rows(layer, first, len(part), rows, part.device)
+    if layer.scheme == "binary":
+        return torch.where(part.detach().float() >= mean[where][:, None], 1, -1).to(torch.int8)
+    return WEIGHT_QUANTISERS[layer.scheme](part, layer, scale[where]).codes
+
+
 @torch.no_grad()
 def scale_gradient(weight: Tensor, grad: Tensor, codes: Codes, largest: int) -> Tensor:
     """Gradient of a learned scale, float32 (groups,), from the gradient of the weights (LSQ, arXiv 1902.08153, eq. 3).

@@ -70,7 +70,7 @@ def batch_stages(
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the tokens of a step are cut: sequences per step, sequences per forward, forwards per step.
+    """How the tokens of a step are cut: sequences per step, sequences per forward, forwards per step and process.
 
     Before the full batch come the stages of ``warmup``, with as many forwards of fewer sequences each.
     """
@@ -79,6 +79,18 @@ class BatchPlan:
     micro_batch: int
     accumulation: int
     warmup: tuple[BatchStage, ...] = ()
+    processes: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Forwards per step of all processes together."""
+        return self.accumulation * self.processes
+
+    @property
+    def words(self) -> str:
+        """How a step is cut: "2 x 8", or of several processes "2 processes x 2 x 8"."""
+        several = f"{self.processes} processes x " if self.processes > 1 else ""
+        return f"{several}{self.accumulation} x {self.micro_batch}"
 
     def sequences_at(self, step: int) -> int:
         """Sequences of optimizer step ``step``, counted from 0."""
@@ -94,17 +106,18 @@ class BatchPlan:
         return total + (steps - first) * self.batch_sequences
 
     def early_batches(self, step: int) -> list[tuple[int, int]]:
-        """What is left of the warm-up at ``step``: pairs (number of micro-batches, sequences in each)."""
+        """What is left of the warm-up at ``step``: pairs (number of micro-batches of all processes,
+        sequences in each)."""
         left = []
         for stage in self.warmup:
             if step < stage.until:
-                left.append(((stage.until - step) * self.accumulation, stage.sequences // self.accumulation))
+                left.append(((stage.until - step) * self.pieces, stage.sequences // self.pieces))
                 step = stage.until
         return left
 
     def micro_batches(self) -> list[int]:
         """Every micro-batch that cuts a step of this plan, ascending."""
-        return even_cuts(self.batch_sequences, self.warmup)
+        return even_cuts(self.batch_sequences, self.warmup, self.processes)
 
     def warmup_text(self, sequence_length: int) -> str:
         """The warm-up in words: "1,024 tokens until step 50, 2,048 until step 100"; empty when there is none."""
@@ -112,7 +125,8 @@ class BatchPlan:
         return ", ".join(parts).replace(" until", " tokens until", 1)
 
 
-def even_cuts(sequences: int, warmup: tuple[BatchStage, ...]) -> list[int]:
-    """Every micro-batch, ascending, whose number of pieces divides a full step and every stage of the warm-up."""
+def even_cuts(sequences: int, warmup: tuple[BatchStage, ...], world: int = 1) -> list[int]:
+    """Every micro-batch, ascending, whose number of pieces divides a full step and every stage of the warm-up and is
+    shared evenly by ``world`` processes."""
     common = math.gcd(sequences, *(stage.sequences for stage in warmup))
-    return [sequences // pieces for pieces in range(common, 0, -1) if common % pieces == 0]
+    return [sequences // pieces for pieces in range(common, 0, -1) if common % pieces == 0 and pieces % world == 0]

@@ -6,6 +6,7 @@ from bitnet_train.nn.layout import trained_parameters
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.config import check_clip
 from bitnet_train.training.config import PRECISIONS, RunConfig, micro_batches, step_plan
+from bitnet_train.training.distributed.checks import check_processes
 from bitnet_train.training.guard.config import check_guard
 from bitnet_train.training.losses.config import check_loss
 from bitnet_train.training.optimizers.config import check_optimizer
@@ -39,6 +40,7 @@ def check_trainer(cfg: RunConfig) -> None:
             f"trainer.max_steps is {trainer.max_steps}; it must be at least 1 (or 0 with init.from=, which saves those "
             "weights as a run)."
         )
+    check_processes(cfg)
     for name in ("batch_tokens", "validate_every", "log_every"):
         value = getattr(trainer, name)
         if value is not None and value < 1:

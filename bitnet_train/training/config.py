@@ -32,6 +32,21 @@ class Accelerator(Enum):
     cuda = "cuda"
 
 
+class Strategy(Enum):
+    """How several processes share the work."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class ActivationCheckpointing(Enum):
+    """What of a block is computed again in the backward pass."""
+
+    none = "none"
+    full = "full"
+
+
 # Lightning's names for the arithmetic of everything that is not the integer product.
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
@@ -55,6 +70,22 @@ class TrainerConfig:
     compile: Union[bool, str] = "auto"  # noqa: UP007
     # auto, cpu or cuda.
     accelerator: Accelerator = Accelerator.auto
+    # Processes on each node, one for each GPU; auto: all GPUs, or 1 on a CPU. They are started here, unless torchrun or
+    # srun has done so. A step stays trainer.batch_tokens, which the processes share.
+    devices: Union[int, str] = 1  # noqa: UP007
+    # Machines that train together; more than 1 need srun or torchrun, which start the processes on each.
+    num_nodes: int = 1
+    # auto (ddp where there are several processes), ddp: every process holds the whole model (Li et al., arXiv
+    # 2006.15704); fsdp: master weights, gradients and optimizer states are sharded over the processes (Zhao et al.,
+    # arXiv 2304.11277; PyTorch's FSDP2), and quantised layers gather codes instead of weights.
+    strategy: Strategy = Strategy.auto
+    # none, or full: each block keeps its input only and is computed again in the backward pass, which takes about a
+    # third more time and far less memory; the losses are the same bit for bit (arXiv 1604.06174). (Text only.)
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    # Minutes without a finished step, validation and saving included, after which the stacks of all processes go to
+    # the run folder (hang-rank*.txt) and the run ends with exit code 5; null for any time. The first step may take
+    # three times as long.
+    hang_timeout: float | None = None
     # Validate every so many steps, and at the end.
     validate_every: int = 100
     # Write a row of metrics every so many steps.
@@ -199,10 +230,22 @@ def step_sequences(trainer: TrainerConfig, sequence_length: int) -> int:
     return sequences
 
 
+def processes(trainer: TrainerConfig) -> int:
+    """Processes that train together. ``devices=auto`` counts as one here: training puts a number in its place."""
+    return (trainer.devices if isinstance(trainer.devices, int) else 1) * trainer.num_nodes
+
+
 def micro_batches(trainer: TrainerConfig, sequence_length: int) -> list[int]:
-    """Every micro-batch, ascending, that cuts each step into equal parts, those of trainer.batch_warmup included."""
-    sequences = step_sequences(trainer, sequence_length)
-    return even_cuts(sequences, _stages(trainer, sequence_length))
+    """Every micro-batch, ascending, that cuts each step into equal parts, those of trainer.batch_warmup included, with
+    as many for every process. Raises ConfigError when there is none."""
+    sequences, world = step_sequences(trainer, sequence_length), processes(trainer)
+    found = even_cuts(sequences, _stages(trainer, sequence_length), world)
+    if not found:
+        raise ConfigError(
+            f"The {sequences} sequences of a step, or those of a stage of trainer.batch_warmup, cannot be shared "
+            f"evenly by {world} processes (trainer.devices x trainer.num_nodes)."
+        )
+    return found
 
 
 def _stages(trainer: TrainerConfig, sequence_length: int) -> tuple[BatchStage, ...]:
@@ -219,22 +262,33 @@ def batch_plan(trainer: TrainerConfig, sequence_length: int) -> BatchPlan:
         raise ConfigError(
             f"trainer.micro_batch={trainer.micro_batch} is resolved where training starts: give this command a number."
         )
-    micro = sequences if trainer.micro_batch is None else trainer.micro_batch
+    world = processes(trainer)
+    micro = _share(sequences, world, "sequences") if trainer.micro_batch is None else trainer.micro_batch
     if micro < 1 or sequences % micro:
         raise ConfigError(
             f"trainer.micro_batch={micro} does not divide the {sequences} sequences of a step "
             "(trainer.batch_tokens / data.sequence_length)."
         )
-    accumulation, warmup = sequences // micro, _stages(trainer, sequence_length)
+    pieces, warmup = sequences // micro, _stages(trainer, sequence_length)
     for number, stage in enumerate(warmup):
-        if stage.sequences % accumulation:
-            cuts = ", ".join(map(str, even_cuts(sequences, warmup)))
+        if stage.sequences % pieces:
+            cuts = ", ".join(map(str, even_cuts(sequences, warmup, world)))
             raise ConfigError(
-                f"trainer.batch_warmup[{number}] has {stage.sequences} sequences, which the {accumulation} "
-                f"micro-batches of a step cannot share evenly: use a multiple of {accumulation * sequence_length} "
+                f"trainer.batch_warmup[{number}] has {stage.sequences} sequences, which the {pieces} "
+                f"micro-batches of a step cannot share evenly: use a multiple of {pieces * sequence_length} "
                 f"tokens, or a trainer.micro_batch of {cuts}."
             )
-    return BatchPlan(sequences, micro, accumulation, warmup)
+    return BatchPlan(sequences, micro, _share(pieces, world, "micro-batches"), warmup, world)
+
+
+def _share(count: int, world: int, of: str) -> int:
+    """What each of ``world`` processes has of ``count`` ``of`` a step. Raises ConfigError when it is not the same."""
+    if count % world:
+        raise ConfigError(
+            f"The {count} {of} of a step cannot be shared evenly by {world} processes (trainer.devices x "
+            "trainer.num_nodes): change the number of processes, the batch or trainer.micro_batch."
+        )
+    return count // world
 
 
 def image_plan(trainer: TrainerConfig, batch_size: int) -> BatchPlan:
@@ -244,10 +298,11 @@ def image_plan(trainer: TrainerConfig, batch_size: int) -> BatchPlan:
             f"trainer.micro_batch={trainer.micro_batch} is for text: give a number of images, or null for the whole "
             "step."
         )
-    micro = batch_size if trainer.micro_batch is None else trainer.micro_batch
+    world = processes(trainer)
+    micro = _share(batch_size, world, "images") if trainer.micro_batch is None else trainer.micro_batch
     if micro < 1 or batch_size % micro:
         raise ConfigError(f"trainer.micro_batch={micro} does not divide data.batch_size={batch_size}.")
-    return BatchPlan(batch_size, micro, batch_size // micro)
+    return BatchPlan(batch_size, micro, _share(batch_size // micro, world, "micro-batches"), processes=world)
 
 
 def step_plan(cfg: RunConfig) -> BatchPlan:

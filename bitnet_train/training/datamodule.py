@@ -17,6 +17,7 @@ from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.data.windows import Windows
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.batch_warmup import BatchPlan
+from bitnet_train.training.distributed import group
 
 VALIDATION_TOKENS_PER_BATCH = 8192
 # Of a bad sample, in divergence.jsonl.
@@ -156,7 +157,14 @@ class ShardDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         size, early = len(self.train_windows), self.plan.early_batches(self._first_step)
         sampler = ConsumedBatchSampler(
-            size, self.plan.micro_batch, self.seed, self.consumed, early=early, order=self.order()
+            size,
+            self.plan.micro_batch,
+            self.seed,
+            self.consumed,
+            rank=group.rank(),
+            world=group.world(),
+            early=early,
+            order=self.order(),
         )
         return DataLoader(
             self.train_windows,
@@ -176,9 +184,23 @@ class ShardDataModule(L.LightningDataModule):
 
     def validation_loaders(self) -> dict[str, DataLoader[Tensor]]:
         """All validation windows in order, those of each corpus apart (not ``val_dataloader``: a callback validates,
-        between optimizer steps).
+        between optimizer steps). Of several processes each has its share of the batches.
         """
-        return {name: DataLoader(w, batch_sampler=self.val_batches(w)) for name, w in self.val_windows.items()}
+        rank, world = group.rank(), group.world()
+        return {
+            name: DataLoader(w, batch_sampler=self.val_batches(w)[rank::world]) for name, w in self.val_windows.items()
+        }
+
+    def validation_fillers(self) -> list[DataLoader[Tensor]]:
+        """A batch that does not count for every corpus of which other processes have one more: where weights are
+        gathered all must make as many forward passes."""
+        rank, world = group.rank(), group.world()
+        found: list[DataLoader[Tensor]] = []
+        for windows in self.val_windows.values():
+            batches = self.val_batches(windows)
+            if len(batches) % world and rank >= len(batches) % world:
+                found.append(DataLoader(windows, batch_sampler=batches[:1]))
+        return found
 
     def _on_cuda(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.config import Accelerator, RunConfig
+from bitnet_train.training.config import Accelerator, RunConfig, Strategy, processes
 
 # A cold compile takes about half a minute on a CPU; shorter runs are done sooner without.
 STEPS_WORTH_COMPILING = 200
@@ -21,11 +21,13 @@ class Choices:
     compile: bool
     why_precision: str
     why_compile: str
+    processes: str = ""
 
     def sentences(self) -> list[str]:
         """One line per choice."""
         return [
             f"device: {self.device}, {torch.get_num_threads()} threads",
+            *([f"processes: {self.processes}"] if self.processes else []),
             f"precision: {self.precision} ({self.why_precision})",
             f"compile: {'on' if self.compile else 'off'} ({self.why_compile})",
         ]
@@ -37,18 +39,49 @@ class Choices:
 
 def choose(cfg: RunConfig) -> Choices:
     """Resolve accelerator, precision and compile. Raises ConfigError when a wanted device is not there."""
-    device = _device(cfg.trainer.accelerator)
+    device = choose_device(cfg)
     precision, why_precision = cfg.trainer.precision, "chosen in the config"
     if precision == "auto":
         native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()
         precision = "bf16-mixed" if native else "32-true"
         why_precision = f"this {device.upper()} {'multiplies' if native else 'does not multiply'} bf16 natively"
     wanted = cfg.trainer.compile
-    if wanted == "auto":
+    if sharded(cfg) and wanted == "auto":
+        compiled, why_compile = False, "the gathers of fsdp break a compiled graph"
+    elif wanted == "auto":
         compiled, why_compile = _worth_compiling(device, cfg.trainer.max_steps)
     else:
         compiled, why_compile = bool(wanted), "chosen in the config"
-    return Choices(device, precision, compiled, why_precision, why_compile)
+    return Choices(device, precision, compiled, why_precision, why_compile, _how_shared(cfg))
+
+
+def sharded(cfg: RunConfig) -> bool:
+    """Whether the weights are sharded over processes: a single one has nothing to share, whatever the strategy."""
+    return cfg.trainer.strategy is Strategy.fsdp and processes(cfg.trainer) > 1
+
+
+def _how_shared(cfg: RunConfig) -> str:
+    world = processes(cfg.trainer)
+    if world == 1:
+        return ""
+    what = "fsdp: master weights, gradients and optimizer states sharded" if sharded(cfg) else "ddp: gradients averaged"
+    return f"{world} ({what})"
+
+
+def available_devices(cfg: RunConfig) -> int:
+    """What trainer.devices=auto comes to: the GPUs of this machine, or 1. Raises ConfigError as :func:`choose`."""
+    return max(1, torch.cuda.device_count()) if choose_device(cfg) == "cuda" else 1
+
+
+def choose_device(cfg: RunConfig) -> str:
+    """cuda or cpu. Raises ConfigError when the wanted device is not there, or fewer of it than trainer.devices."""
+    device, wanted = _device(cfg.trainer.accelerator), cfg.trainer.devices
+    if device == "cuda" and isinstance(wanted, int) and wanted > torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.devices={wanted}, but PyTorch sees {torch.cuda.device_count()} CUDA devices: use that number, or "
+            "auto."
+        )
+    return device
 
 
 def _device(wanted: Accelerator) -> str:

@@ -28,6 +28,8 @@ from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.config import RunConfig
 from bitnet_train.training.device import Choices
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.strategy import several_processes
 from bitnet_train.training.faults import in_one_sentence
 from bitnet_train.training.guard.events import Rollback, go_back
 from bitnet_train.training.loggers.config import WandbLogger
@@ -63,7 +65,7 @@ def until_it_need_not_go_back(
         if outcome.back_to is None:
             return outcome
         if outcome.back_to != first:
-            start, first = folder.last_checkpoint, outcome.back_to
+            start, first = group.from_first(lambda: folder.last_checkpoint), outcome.back_to
         gc.collect()  # before the next model is made: Lightning's objects refer to each other
         torch.compiler.reset()
         if torch.cuda.is_available():
@@ -108,7 +110,7 @@ def conclude(
         return TrainingOutcome(step, result, ending.stop.exit_code, checkpoints.saved_step == step)
     consumed = data.samples_before(step)
     rollback = Rollback(step, good, consumed, consumed - data.samples_before(good), f"skipped {ending.guard.reason}")
-    go_back(rollback, rollbacks, allowed, folder, console)
+    group.from_first(lambda: go_back(rollback, rollbacks, allowed, folder, console))
     return TrainingOutcome(step, None, 0, False, good)
 
 
@@ -148,7 +150,7 @@ def build_trainer(
             # whatever order its threads arrive in; PyTorch's deterministic mode does not.
             deterministic=choices.device == "cpu",
             accelerator=choices.device,
-            devices=1,
+            **several_processes(cfg),
             precision=choices.precision,  # type: ignore[arg-type]
             max_steps=cfg.trainer.max_steps,
             max_epochs=-1,
@@ -180,7 +182,9 @@ def fit(trainer: L.Trainer, module: TrainingModule, data: L.LightningDataModule,
 
 
 def build_loggers(cfg: RunConfig, folder: RunFolder, run_name: str, first: int, console: Console) -> list[Logger]:
-    """metrics.csv, its rows past step ``first`` cut, and what ``cfg.logger`` adds."""
+    """metrics.csv, its rows past step ``first`` cut, and what ``cfg.logger`` adds; the first process has them."""
+    if not group.first():
+        return []
     metrics_csv = MetricsCsv(folder.metrics_file, lambda line: console.print(line, markup=False))
     metrics_csv.cut(first)
     if not isinstance(cfg.logger, WandbLogger):
@@ -229,6 +233,7 @@ def _quiet_lightning() -> Iterator[None]:
             ".*isinstance.treespec, LeafSpec.*",
             ".*GPU available but not used.*",
             ".*The `srun` command is available.*",
+            ".*`broadcast_buffers` is deprecated.*",  # the new name does not exist in older versions
         ):
             warnings.filterwarnings("ignore", message=message)
         for logger in loggers:

@@ -7,12 +7,17 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from bitnet_train.data.mixture import chats
 from bitnet_train.data.windows import document_numbers, inputs_and_targets
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.decoder import Decoder
+from bitnet_train.nn.sharded_codes import ShardedCodeCache
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, step_plan
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.loss import share_of_targets
+from bitnet_train.training.distributed.sharding import finish_gradients, is_sharded, shard_network
 from bitnet_train.training.guard.rule import build_guard
 from bitnet_train.training.losses.build import build_loss
 from bitnet_train.training.losses.config import CrossEntropyLoss, Reduction
@@ -42,11 +47,12 @@ class TrainingModule(L.LightningModule):
         self.guard = build_guard(cfg.guard)
         self.clip_rule = build_clip(cfg.clip, cfg.trainer.max_steps)
         self.regulariser = build_regulariser(cfg.regulariser, network, build_spec(cfg.quant), cfg.trainer.max_steps)
-        # A sum over the samples of a step: Lightning divides the loss of each micro-batch by their number.
+        # A sum over the samples of a step: Lightning divides the loss of each micro-batch by their number, and the
+        # gradients are averaged over the processes.
         self._micro_batches: int | None = None
         if isinstance(cfg.loss, CrossEntropyLoss) and cfg.loss.reduction is Reduction.sum:
             rehearsed = isinstance(cfg.trainer.micro_batch, str)
-            self._micro_batches = 1 if rehearsed else step_plan(cfg).accumulation
+            self._micro_batches = 1 if rehearsed else step_plan(cfg).pieces
         self.step_loss: Tensor | None = None
         self.step_parts: dict[str, Tensor] = {}
         self.clip_result: ClipResult | None = None
@@ -54,6 +60,8 @@ class TrainingModule(L.LightningModule):
         self.first_bad: Tensor | None = None
         self.code_cache: CodeCache | None = None
         self._parts: list[LossParts] = []
+        # What the loss of a micro-batch counts for among those of the other processes; None: all the same.
+        self._weigh: Callable[[Any], Tensor] | None = None
         # A graph for each size of a batch warm-up: one for changing sizes would compute otherwise in a continued run.
         dynamic = False if cfg.trainer.batch_warmup else None
         self._compute: Callable[..., LossParts] = (
@@ -81,8 +89,18 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = self._compute(*self.prepared(batch))
+        if self._weigh is not None:
+            # A sum counts every token the same as it is.
+            total = None if self._micro_batches is None else parts.total
+            parts = parts.times(self._weigh(batch))
+            parts = parts if total is None else parts._replace(total=total)
         self._parts.append(parts.detached())
         return parts.total if self._micro_batches is None else parts.total * self._micro_batches
+
+    def configure_model(self) -> None:
+        """Shard the weights where the strategy has a mesh of devices to shard them over."""
+        if self._device_mesh is not None and not is_sharded(self.network):
+            shard_network(self.network, self._device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.cfg.optimizer, self.network)
@@ -91,7 +109,7 @@ class TrainingModule(L.LightningModule):
         # Here the weights are on their device and the optimizer exists.
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self.code_cache = CodeCache(self.network, optimizer)
+        self.code_cache = (ShardedCodeCache if is_sharded(self.network) else CodeCache)(self.network, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit what Lightning is about to restore to this run's accumulation, clip rule and guard.
@@ -115,12 +133,15 @@ class TrainingModule(L.LightningModule):
                     del state[name]
                 state |= own
 
+    def on_after_backward(self) -> None:
+        finish_gradients(self.network)
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Called once per optimizer step, after accumulation: rates for this step, regulariser, clip rule, guard."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         set_step_rates(optimizer, self.cfg, self.global_step)
         penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
-        loss = self.step_loss = torch.stack([parts.cross_entropy for parts in self._parts]).mean()
+        loss = self.step_loss = group.mean(torch.stack([parts.cross_entropy for parts in self._parts]).mean())
         self.clip_result = clip_gradients(self.network, self.clip_rule, self.guard, optimizer, loss, self.global_step)
         self._note_bad(loss, self.clip_result.norm)
         self.step_parts = self._other_parts(penalty)
@@ -142,13 +163,13 @@ class TrainingModule(L.LightningModule):
             "loss/z": [parts.z for parts in self._parts if parts.z is not None],
             "loss/distillation": [parts.distillation for parts in self._parts if parts.distillation is not None],
         }
-        means = {name: torch.stack(values).mean() for name, values in found.items() if values}
+        means = {name: group.mean(torch.stack(values).mean()) for name, values in found.items() if values}
         if penalty is not None:
             means["loss/regulariser"] = penalty
         if not means and self._micro_batches is None:
             return {}
         totals = torch.stack([parts.total for parts in self._parts])
-        total = totals.mean() if self._micro_batches is None else totals.sum()
+        total = group.mean(totals.mean() if self._micro_batches is None else totals.sum() * group.world())
         return {"loss/total": total if penalty is None else total + penalty, **means}
 
 
@@ -165,6 +186,9 @@ class PretrainingModule(TrainingModule):
         self.bos_id = bos_id if cfg.text.attend_within_documents else None
         self.loss = build_loss(cfg.loss, cfg.decoder)
         self.teacher = teacher
+        masked = bool(chats(cfg.text.corpus))
+        if masked and group.world() > 1 and cfg.trainer.micro_batch is None:
+            self._weigh = share_of_targets
         self._teach = (
             torch.compile(teacher.__call__) if compiled and teacher is not None and teacher.compilable else teacher
         )

@@ -50,7 +50,7 @@ def training_advice(plan: BatchPlan, sequence_length: int, step: int, saved: str
     anew = f"start a new run with {shorter}a smaller model (model.layers, model.hidden, model.ffn)"
     if not learning:
         return f"Out of memory while validating or sampling after step {step}: {anew}; {there}."
-    at_once = plan.sequences_at(step - 1) // plan.accumulation
+    at_once = plan.sequences_at(step - 1) // plan.pieces
     at = f"Out of memory in step {step} with {at_once} x {sequence_length} tokens at once"
     if plan.micro_batch == 1:
         return f"{at}, a single sequence: {anew}; {there}."

@@ -11,7 +11,6 @@ from bitnet_train.data.config import MixtureCorpus
 from bitnet_train.data.mixture import stages
 from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
-from bitnet_train.durable import check_archive
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.initial import InitialWeights, check_same_tokenizer, fill_weights
 from bitnet_train.kernels.backend import choose_backend
@@ -20,7 +19,7 @@ from bitnet_train.nn.init import build_decoder
 from bitnet_train.nn.layout import learned_scales, parameter_table
 from bitnet_train.planning.flops import device_peak, training_flops_per_token
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.callbacks.checkpoint import Checkpoints, save_untrained
+from bitnet_train.training.callbacks.checkpoint import save_untrained
 from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
@@ -30,9 +29,13 @@ from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.callbacks.tasks import Tasks, cut_evaluations
 from bitnet_train.training.callbacks.validation import Validation
-from bitnet_train.training.config import RunConfig, batch_plan
+from bitnet_train.training.config import ActivationCheckpointing, RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.checkpoint_files import read_outline
+from bitnet_train.training.distributed.checkpoints import build_checkpoints
+from bitnet_train.training.distributed.watchdog import Watchdog
 from bitnet_train.training.fit import (
     Ending,
     TrainingOutcome,
@@ -49,7 +52,7 @@ from bitnet_train.training.micro_batch import find_micro_batch
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.out_of_memory import is_out_of_memory, training_advice
 from bitnet_train.training.provenance import collect_provenance
-from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.run_folder import RunFolder, check_checkpoint
 from bitnet_train.training.sub_norms import insert_sub_norms
 from bitnet_train.training.teachers.resume import check_same_teacher
 from bitnet_train.training.teachers.teacher import load_teacher
@@ -65,10 +68,9 @@ def check_start(path: Path, cfg: RunConfig, data_fingerprint: str) -> int:
     # What the Lightning modules are called in a checkpoint.
     network, data = ("classifier", "ImageDataModule") if cfg.on_images else ("decoder", "ShardDataModule")
     try:
-        check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_checkpoint(path)
+        content, saved = read_outline(path)
         step, fingerprint = int(content["global_step"]), content[data]["fingerprint"]
-        saved = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     except Exception as error:
         why = str(error) if type(error) is ValueError else type(error).__name__
         raise ConfigError(f"The checkpoint {path} cannot be read ({why}): choose an older one (RUN@STEP).") from None
@@ -147,19 +149,22 @@ def _train_from(
             initial, sentence = insert_sub_norms(cfg, initial, shards, manifest, load_tokenizer(shards), choices.device)
             console.print(sentence, markup=False)
         fill_weights(decoder, initial.masters)
+    decoder.checkpoint_activations(cfg.trainer.activation_checkpointing is ActivationCheckpointing.full)
     quantisation = Quantisation(cfg, decoder)
     remembered = describe(decoder, choices, kernels, console)
     quantisation.set(first)
     remembered |= {"data_fingerprint": manifest.fingerprint, "from_step": first}
 
     tokenizer = load_tokenizer(shards)
-    tokenizer.save(folder.tokenizer)  # The run outlives its shards.
+    if group.first():
+        tokenizer.save(folder.tokenizer)  # The run outlives its shards.
     if cfg.evaluate.every_steps is not None:
         from bitnet_train.evaluation.lm_eval_model import check_harness
 
         check_harness(cfg.evaluate, load=True)
     if cfg.trainer.max_steps == 0:
-        save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
+        if group.first():
+            save_untrained(folder.checkpoints, decoder, manifest.fingerprint)
         folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
         return TrainingOutcome(0, None, 0)
     teacher = load_teacher(cfg, choices.device, choices.precision, kernels.backend, tokenizer)
@@ -179,17 +184,17 @@ def _train_from(
             )
         console.print(found.sentence(), markup=False)
         remembered["micro_batch_search"] = found.as_dict()
-        cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=found.size))
+        cfg = replace(cfg, trainer=replace(cfg.trainer, micro_batch=group.smallest(found.size)))
     plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
     mixed = stages(cfg.text, cfg.trainer.max_steps) if isinstance(cfg.text.corpus, MixtureCorpus) else None
-    rollbacks = cut_rollbacks(folder.divergence_file, first)
+    rollbacks = group.from_first(lambda: cut_rollbacks(folder.divergence_file, first))
     data = ShardDataModule(cfg.text, shards, manifest, plan, cfg.seed, mixed, resume_point(rollbacks, first))
     for line in data.mixture():
         console.print(line, markup=False)
     early = f" after a warm-up of {plan.warmup_text(cfg.text.sequence_length)}" if plan.warmup else ""
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {cfg.trainer.batch_tokens:,} tokens "
-        f"({plan.accumulation} x {plan.micro_batch} sequences of {cfg.text.sequence_length}){early}, "
+        f"({plan.words} sequences of {cfg.text.sequence_length}){early}, "
         f"{data.epochs(cfg.trainer.max_steps)}",
         markup=False,
     )
@@ -205,7 +210,7 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_token(cfg.decoder, cfg.text.sequence_length), peak)
     validation = Validation(clock, data, tokenizer.byte_lengths())
-    checkpoints = Checkpoints(clock, folder.checkpoints)
+    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
@@ -220,6 +225,7 @@ def _train_from(
         Tasks(clock, tokenizer, folder.evaluations_file),
         stop,
         quantisation,
+        Watchdog(folder.path, cfg.trainer.hang_timeout),
     ]
     trainer = build_trainer(cfg, choices, plan, loggers, callbacks, folder)
     try:

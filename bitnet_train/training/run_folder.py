@@ -1,6 +1,7 @@
 """The folder of one run: what lies where, who may write to it, and what continues it."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class RunFolder:
         """
         steps = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
         last = self.checkpoints / LAST
-        if not last.is_file():
+        if not last.exists():  # a file, or a link to a folder of shards
             return steps
         own = last.stat()
         if steps and steps[0].stat().st_mtime_ns > own.st_mtime_ns:
@@ -120,14 +121,31 @@ class RunFolder:
         write_atomically(self.provenance_file, json.dumps({"sessions": [*sessions, session]}, indent=1) + "\n")
 
 
+class SilentRunFolder(RunFolder):
+    """The run folder for all but the first of the processes that train together: it is read and not written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.layers_file = self.samples_file = self.evaluations_file = Path(os.devnull)
+
+    def lock(self, say: Callable[[str], None] = print) -> None:
+        """The first process holds it."""
+
+    def save_config(self, text: str) -> None:
+        """The first process writes it."""
+
+    def add_provenance(self, session: dict[str, Any]) -> None:
+        """The first process adds it."""
+
+
 def check_checkpoint(path: Path) -> None:
     """Raises ValueError, with the reason in words, when ``path`` is no whole checkpoint, OSError when it is unread."""
-    check_archive(path)
-    import torch
+    from bitnet_train.training.distributed.checkpoint_files import check_folder, read_outline
 
+    (check_folder if path.is_dir() else check_archive)(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        int(content["global_step"]), content["state_dict"].keys()
+        content, _ = read_outline(path)
+        int(content["global_step"])
     except OSError:
         raise
     except Exception as error:  # the unpickler raises anything

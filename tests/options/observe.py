@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
@@ -19,7 +20,10 @@ from torch.utils.data import DataLoader
 from bitnet_train.commands import train
 from bitnet_train.config import Config, to_config
 from bitnet_train.errors import BitnetTrainError
+from bitnet_train.nn.decoder import Block
 from bitnet_train.training.device import choose
+from bitnet_train.training.distributed import launch, watchdog
+from bitnet_train.training.distributed.strategy import several_processes
 from bitnet_train.training.module import PretrainingModule
 from tests.composing import CATALOGUE, compose_node
 from tests.options.place import SHORT, TEXT, Place
@@ -149,6 +153,11 @@ def micro_batches(place: Place, changes: tuple[str, ...], monkeypatch: pytest.Mo
                   place, changes, monkeypatch)  # fmt: skip
 
 
+def recomputed(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How often a block is computed in training, which the same losses come of."""
+    return _calls(Block, "_compute", lambda *_: torch.is_grad_enabled(), None, place, changes, monkeypatch)
+
+
 def compiled(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is handed to torch.compile (which is not run: it takes half a minute)."""
     return _calls(torch, "compile", lambda function, **_: function.__name__, lambda function, **_: function,
@@ -177,6 +186,30 @@ def wandb(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loggers_module, "WandbLogger", Recorder)
     ended, _ = run_quietly(train.run, configure(place, changes))
     return ended, made
+
+
+def processes(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How many processes a run starts and how they share the work, or why it cannot."""
+    started: list[int] = []
+    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
+    monkeypatch.setattr(launch, "launch", lambda _, count: started.append(count) or 0)
+    cfg = configure(place, changes)
+    ended, _ = run_quietly(train.run, cfg)
+    return ended, started, type(several_processes(cfg).get("strategy")).__name__
+
+
+def hangs(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whether a run that does nothing for two seconds is taken for one that hangs."""
+    ended: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog, "LOOK_EVERY", 0.05)
+        folder = place.folder / "hang"
+        folder.mkdir(exist_ok=True)
+        dog = watchdog.Watchdog(folder, configure(place, changes).trainer.hang_timeout, ended.append)
+        dog.start(3)
+        time.sleep(2)
+        dog.stop()
+    return ended
 
 
 def device(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:

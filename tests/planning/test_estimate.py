@@ -49,9 +49,10 @@ def family(name: str, **changes: object) -> DecoderConfig:
     return replace(SMALL, norms=norms, activation=activation, **changes)  # type: ignore[arg-type]
 
 
-def saved_bytes(cfg: DecoderConfig, spec: QuantSpec, bf16: bool) -> int:
+def saved_bytes(cfg: DecoderConfig, spec: QuantSpec, bf16: bool, recomputed: bool = False) -> int:
     """Bytes of all storages that autograd keeps for the backward pass, parameters and buffers aside."""
     model = Decoder(cfg, spec)
+    model.checkpoint_activations(recomputed)
     CodeCache(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -82,6 +83,23 @@ def test_activation_memory_is_what_autograd_saves(name: str, spec: str, bf16: bo
         # A chunk's logits live while the loss is computed.
         expected = sum(memory.activations.values()) + memory.compute_copies - memory.activations["loss chunk"]
         assert saved_bytes(cfg, SPECS[spec], bf16) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_that_are_computed_again_keep_their_inputs(name: str, spec: str, bf16: bool) -> None:
+    precision = "bf16-mixed" if bf16 else "32-true"
+    for residual in (ResidualDtype.float32, *([ResidualDtype.bfloat16] if bf16 else [])):
+        cfg = family(name, residual_dtype=residual)
+        again = training_memory(cfg, SPECS[spec], BATCH, LENGTH, precision, recomputed=True).activations
+        expected = again["block inputs"] + again["head and loss"]
+        assert saved_bytes(cfg, SPECS[spec], bf16, recomputed=True) == pytest.approx(expected, rel=0.01)
+        whole = training_memory(cfg, SPECS[spec], BATCH, LENGTH, precision).activations
+        blocks = sum(size for part, size in whole.items() if part not in ("head and loss", "loss chunk"))
+        if spec != "mixed":  # whose blocks differ: the largest counts
+            assert again["the block computed again"] == blocks // cfg.layers
+        assert blocks / cfg.layers <= again["the block computed again"] < blocks
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])

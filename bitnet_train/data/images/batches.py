@@ -22,19 +22,22 @@ Batch = tuple[Tensor, Tensor]
 
 
 class SampleNumbers(Sampler[list[int]]):
-    """Batches of ``batch`` numbers of training samples, from ``consumed`` on; endless."""
+    """Batches of ``batch`` numbers of training samples, from ``consumed`` on; endless.
 
-    def __init__(self, batch: int, consumed: int) -> None:
-        self.batch, self.consumed = batch, consumed
+    With ``world`` processes, process ``rank`` takes every world-th batch.
+    """
+
+    def __init__(self, batch: int, consumed: int, rank: int = 0, world: int = 1) -> None:
+        self.batch, self.consumed, self.rank, self.world = batch, consumed, rank, world
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.consumed
+        first = self.consumed + self.rank * self.batch
         while True:
             yield list(range(first, first + self.batch))
-            first += self.batch
+            first += self.world * self.batch
 
 
 class TrainingImages(Dataset[Batch]):

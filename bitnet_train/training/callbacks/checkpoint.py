@@ -45,16 +45,28 @@ class Checkpoints(StepCallback):
         super().on_train_start(trainer, pl_module)
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("*.partial"):
-            partial.unlink()
+            remove(partial)
         trainer.strategy.checkpoint_io = WholeFile()
         self._saved_at = time.monotonic()
 
+    def begin(self, trainer: L.Trainer) -> None:
+        """What every process does at the start, also one that writes nothing."""
+        self._seen, self._saved_at = trainer.global_step, time.monotonic()
+
+    def saved(self, step: int) -> None:
+        """Remember that the state after ``step`` is saved, or will be."""
+        self.saved_step, self._saved_at = step, time.monotonic()
+
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
         cfg = module.cfg.checkpoint
-        overdue = cfg.every_minutes is not None and time.monotonic() - self._saved_at >= cfg.every_minutes * 60
+        overdue = self.overdue(cfg.every_minutes)
         last = step == module.cfg.trainer.max_steps
         if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or last or self._owed:
             self._owed = not self.save(trainer, module, step, last) and module.guard is not None
+
+    def overdue(self, minutes: float | None) -> bool:
+        """Whether the last save was so many minutes ago; None: never."""
+        return minutes is not None and time.monotonic() - self._saved_at >= minutes * 60
 
     def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
         """Save the state after ``step``, the ``last`` of the run or not, unless that is done already; False when the
@@ -64,7 +76,7 @@ class Checkpoints(StepCallback):
         """
         if step == self.saved_step:
             return True
-        if not _worth_keeping(module, last):
+        if not worth_keeping(module, last):
             return False
         path = self.folder / f"step-{step:08d}.ckpt"
         partial = path.with_suffix(".partial")
@@ -155,7 +167,15 @@ def prune(folder: Path, newest: Path, keep: int) -> None:
     there = sorted(folder.glob("step-*.ckpt"))
     for old in [*(p for p in there if p > newest), *(p for p in there if p <= newest)][: max(0, len(there) - keep)]:
         if old != newest:
-            old.unlink(missing_ok=True)
+            remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder of shards, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_untrained(folder: Path, decoder: Decoder, fingerprint: str) -> None:
@@ -181,7 +201,8 @@ def point_last_to(path: Path) -> None:
     replace_durably(partial, last)
 
 
-def _worth_keeping(module: TrainingModule, last: bool) -> bool:
+def worth_keeping(module: TrainingModule, last: bool) -> bool:
+    """Whether the state after the ``last`` step, or one before, may be gone back to."""
     guard = module.guard
     if guard is not None and guard.skipped_last():
         # The weights are those of the last step that was applied; at the end nothing can come back to them.

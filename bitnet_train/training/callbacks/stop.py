@@ -8,6 +8,7 @@ import lightning as L
 
 from bitnet_train.training.callbacks.checkpoint import Checkpoints
 from bitnet_train.training.callbacks.step import StepCallback
+from bitnet_train.training.distributed import group
 from bitnet_train.training.module import TrainingModule
 
 # Exit codes that shells expect: 128 + signal number.
@@ -43,6 +44,8 @@ class StopOnSignal(StepCallback):
         self.received = number
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
+        if group.world() > 1:  # a signal may reach one process alone, or reach them in different steps
+            self.received = group.largest(self.received or 0)[0] or None
         if self.received is None:
             return
         self.checkpoints.save(trainer, module, step)

@@ -10,6 +10,7 @@ import numpy as np
 from bitnet_train.evaluation.bits_per_byte import TextLoss, total, windows_loss
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
 from bitnet_train.training.datamodule import ShardDataModule
+from bitnet_train.training.distributed import group
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import PretrainingModule, TrainingModule
 
@@ -22,7 +23,7 @@ class Validation(StepCallback):
 
     def __init__(self, clock: TrainingClock, data: ShardDataModule, byte_lengths: np.ndarray) -> None:
         self.clock, self.byte_lengths = clock, byte_lengths
-        self.loaders = data.validation_loaders()
+        self.loaders, self.fillers = data.validation_loaders(), data.validation_fillers()
         self.result: TextLoss | None = None
         self.by_corpus: dict[str, TextLoss] = {}
 
@@ -43,7 +44,10 @@ class Validation(StepCallback):
                     name: windows_loss(module.decoder, loader, self.byte_lengths, bos_id=module.bos_id)
                     for name, loader in self.loaders.items()
                 }
+                for loader in self.fillers:
+                    windows_loss(module.decoder, loader, self.byte_lengths, bos_id=module.bos_id)
             module.decoder.train()
+            found = {name: _of_all(loss) for name, loss in found.items()}
         self.result = total(list(found.values()))
         self.by_corpus = {name: loss for name, loss in found.items() if name}
         each = {f"val/{name}/{key}": getattr(loss, key) for name, loss in self.by_corpus.items()
@@ -54,3 +58,9 @@ class Validation(StepCallback):
             logger.log_metrics(
                 {"val/loss": self.result.loss, "val/bits_per_byte": self.result.bits_per_byte, **more}, step
             )
+
+
+def _of_all(loss: TextLoss) -> TextLoss:
+    """The sums over all processes."""
+    nats, tokens, size = group.summed([loss.nats, loss.tokens, loss.bytes])
+    return TextLoss(nats, int(tokens), int(size))

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from bitnet_train.nn.sharded_codes import whole
 from bitnet_train.training.clipping.base import ClipResult, ClipRule
 from bitnet_train.training.clipping.config import EMBEDDING_AND_HEAD, AdaptiveClip
 
@@ -46,16 +47,15 @@ class AdaptiveRule(ClipRule):
                 # A gradient that is not a number stays one: a comparison with it is false.
                 clipped = before * factor
                 parameter.grad.mul_(factor)
-            norms.append(torch.linalg.vector_norm(before))
-            limits.append(torch.linalg.vector_norm(limit))
-            after.append(torch.linalg.vector_norm(clipped))
+            for found, units in ((norms, before), (limits, limit), (after, clipped)):
+                found.append(whole(torch.linalg.vector_norm(units)))
         return ClipResult(*(total(parts) for parts in (norms, limits, after)))
 
 
 def unit_norm(tensor: Tensor) -> Tensor:
     """L2 norm of each unit in float32: (rows, 1, ...) for two and more dimensions, otherwise 0-d."""
     if tensor.dim() < 2:
-        return torch.linalg.vector_norm(tensor, dtype=torch.float32)
+        return whole(torch.linalg.vector_norm(tensor, dtype=torch.float32))
     dims = tuple(range(1, tensor.dim()))
     return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=torch.float32)
 

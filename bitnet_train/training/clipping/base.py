@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bitnet_train.nn.sharded_codes import whole
 from bitnet_train.training.clipping.config import ClipConfig
 
 
@@ -43,7 +44,7 @@ class ClipRule(nn.Module):
     def clip(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> ClipResult:
         """Clip the gradients of the named ``parameters`` in place, before optimizer step ``step`` (from 0)."""
         grads = gradients(parameters)
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = whole(torch.nn.utils.get_total_norm(grads))
         threshold = self.threshold(norm, step)
         return ClipResult(norm, threshold, norm * scale_down(grads, norm, threshold))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.nn.sharded_codes import whole
 from bitnet_train.training.clipping.adaptive import AdaptiveRule
 from bitnet_train.training.clipping.base import ClipResult, ClipRule, gradients
 from bitnet_train.training.clipping.by_pattern import PatternedRule
@@ -31,7 +32,7 @@ class NoRule(ClipRule):
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> ClipResult:
-        norm = torch.nn.utils.get_total_norm(gradients(parameters))
+        norm = whole(torch.nn.utils.get_total_norm(gradients(parameters)))
         return ClipResult(norm, torch.full_like(norm, torch.inf), norm)
 
 

@@ -23,6 +23,10 @@ class LossParts(NamedTuple):
         """The same numbers without their history."""
         return LossParts(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
 
+    def times(self, weight: Tensor) -> "LossParts":
+        """All of it times a 0-d ``weight``."""
+        return LossParts(*(None if part is None else part * weight for part in self))  # type: ignore[arg-type]
+
 
 class Taught(NamedTuple):
     """What a teacher says about a batch: its final states (batch, tokens, its hidden) and head (vocab, its hidden),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
+from bitnet_train.nn.sharded_codes import shard_like, whole
 from bitnet_train.quant.spec import LayerQuant, QuantSpec
 from bitnet_train.quant.weights import Codes
 from bitnet_train.training.regularisers.config import (
@@ -124,7 +125,7 @@ class Regulariser:
                 continue
             value, grad = self.penalty(layer)
             values.append(value)
-            grad = (grad * (strength / len(self.layers))).to(layer.weight.dtype)
+            grad = shard_like(layer.weight, (grad * (strength / len(self.layers))).to(layer.weight.dtype))
             if layer.weight.grad is None:
                 layer.weight.grad = grad
             else:
@@ -133,13 +134,13 @@ class Regulariser:
 
 
 def _codes(cfg: CodesRegulariser, layer: BitLinear) -> Penalty:
-    return code_penalty(layer.weight, layer.quantised(), cfg.distance, cfg.target, layer.quant)
+    return code_penalty(whole(layer.weight), layer.quantised(), cfg.distance, cfg.target, layer.quant)
 
 
 def _entropy(cfg: EntropyRegulariser, layer: BitLinear) -> Penalty:
     row_scale = layer.quantised().row_scale()
     return entropy_penalty(
-        layer.weight, row_scale, layer.quant.threshold, min(cfg.floor, math.log2(3)), cfg.temperature
+        whole(layer.weight), row_scale, layer.quant.threshold, min(cfg.floor, math.log2(3)), cfg.temperature
     )
 
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.distributed.checkpoint_files import read_outline
 
 # Where a checkpoint keeps the teacher's identity.
 TEACHER = "teacher"
@@ -13,7 +12,7 @@ TEACHER = "teacher"
 
 def check_same_teacher(checkpoint: Path, now: dict[str, Any]) -> None:
     """Raises ConfigError when the checkpoint was trained with a teacher of another step or configuration."""
-    before = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(TEACHER) or {}
+    before = read_outline(checkpoint)[0].get(TEACHER) or {}
     for key, what in (("kind", "kind"), ("step", "step"), ("config_sha256", "configuration")):
         if before.get(key) != now[key]:
             found = f", {before.get(key)} then and {now[key]} now" if key == "step" else ""

@@ -167,7 +167,7 @@ def _run_source(name: str, folder: Path, step: str) -> RunSource:
     assert isinstance(quant, QuantConfig)
     checkpoints = folder / "checkpoints"
     path = checkpoints / (f"step-{int(step):08d}.ckpt" if step else "last.ckpt")
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(str(int(p.stem[5:])) for p in sorted(checkpoints.glob("step-*.ckpt"))) or "none"
         raise ConfigError(f"loss.teacher={name}: {path} does not exist; steps saved there: {there}.")
     spec = build_spec(quant)

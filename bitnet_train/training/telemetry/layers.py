@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, quantiser_input
+from bitnet_train.nn.sharded_codes import whole
 from bitnet_train.quant.activations import quantise_inputs
 from bitnet_train.quant.hadamard import rotate
 from bitnet_train.training.callbacks.quantisation import state_at
@@ -107,7 +108,7 @@ class LayerTelemetry(StepCallback):
     def _gradient_norms(self) -> list[Tensor]:
         grads = [layer.weight.grad for layer in self._layers.values()]
         nothing = torch.zeros(())
-        return [nothing if grad is None else torch.linalg.vector_norm(grad.detach().float()) for grad in grads]
+        return [nothing if grad is None else whole(torch.linalg.vector_norm(grad.detach().float())) for grad in grads]
 
     def _inputs(self, module: TrainingModule) -> dict[str, tuple[float, float]]:
         """Largest magnitude and share of saturated codes of every layer's quantised input, on one sequence or image."""

@@ -6,7 +6,7 @@ from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.nn.vision.config import check_classifier, check_classifier_init
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.config import RunConfig, SamplesConfig
+from bitnet_train.training.config import ActivationCheckpointing, RunConfig, SamplesConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss
 
 # Commands that only a language model has a meaning for, and what stands in their place.
@@ -56,6 +56,10 @@ def _check_settings_of_text(cfg: RunConfig) -> None:
         )
     if cfg.trainer.batch_warmup:
         raise ConfigError("trainer.batch_warmup counts tokens of text, and data.batch_size stays: leave it out.")
+    if cfg.trainer.activation_checkpointing is not ActivationCheckpointing.none:
+        raise ConfigError(
+            "trainer.activation_checkpointing is for decoders: leave it out, or use a smaller micro-batch."
+        )
     if cfg.trainer.micro_batch == "auto":
         raise ConfigError("trainer.micro_batch=auto is for text: give a number of images, or null for the whole step.")
     if not isinstance(cfg.loss, CrossEntropyLoss):

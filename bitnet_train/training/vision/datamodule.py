@@ -12,6 +12,7 @@ from bitnet_train.data.images.sources import ImageSplits
 from bitnet_train.data.sampler import sample_index
 from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.datamodule import leave_signals_to_the_run
+from bitnet_train.training.distributed import group
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -51,7 +52,7 @@ class ImageDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(
             TrainingImages(self.splits.train, self.cfg, self.seed),
-            batch_sampler=SampleNumbers(self.plan.micro_batch, self.consumed),
+            batch_sampler=SampleNumbers(self.plan.micro_batch, self.consumed, group.rank(), group.world()),
             collate_fn=_as_it_is,
             num_workers=self.cfg.workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

@@ -12,7 +12,6 @@ from bitnet_train.kernels.backend import choose_backend
 from bitnet_train.nn.vision.model import build_classifier
 from bitnet_train.planning.flops import device_peak, training_flops_per_image
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.callbacks.checkpoint import Checkpoints
 from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
 from bitnet_train.training.callbacks.progress import TrainingProgress
@@ -21,6 +20,9 @@ from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.config import RunConfig, step_plan
 from bitnet_train.training.device import choose
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.checkpoints import build_checkpoints
+from bitnet_train.training.distributed.watchdog import Watchdog
 from bitnet_train.training.fit import (
     Ending,
     TrainingOutcome,
@@ -86,12 +88,12 @@ def _train_from(
     quantisation = Quantisation(cfg, classifier)
     remembered = describe(classifier, choices, kernels, console)
     quantisation.set(first)
-    rollbacks = cut_rollbacks(folder.divergence_file, first)
+    rollbacks = group.from_first(lambda: cut_rollbacks(folder.divergence_file, first))
     data = ImageDataModule(images, splits, plan, cfg.seed, resume_point(rollbacks, first))
     epochs = cfg.trainer.max_steps * plan.batch_sequences / len(splits.train)
     console.print(
         f"run: {folder.path}, steps {first} to {cfg.trainer.max_steps} of {plan.batch_sequences:,} images "
-        f"({plan.accumulation} x {plan.micro_batch}), {epochs:.2f} epochs",
+        f"({plan.words}), {epochs:.2f} epochs",
         markup=False,
     )
     module = ClassificationModule(cfg, classifier, choices.compile)
@@ -104,7 +106,7 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_image(cfg.classifier), peak)
     validation = ImageValidation(clock, data)
-    checkpoints = Checkpoints(clock, folder.checkpoints)
+    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints)
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
@@ -116,6 +118,7 @@ def _train_from(
         checkpoints,
         stop,
         quantisation,
+        Watchdog(folder.path, cfg.trainer.hang_timeout),
     ]
     fill_no_memory()
     trainer = build_trainer(cfg, choices, plan, loggers, callbacks, folder)

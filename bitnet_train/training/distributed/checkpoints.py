@@ -1,0 +1,184 @@
+"""Checkpoints of several processes: a file from DDP; from FSDP2 a folder of shards, written while training goes on."""
+
+import contextlib
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from bitnet_train.durable import sync_file, sync_folder, write_atomically
+from bitnet_train.errors import ConfigError
+from bitnet_train.training.callbacks.checkpoint import Checkpoints, prune, worth_keeping, write_archive
+from bitnet_train.training.callbacks.step import TrainingClock
+from bitnet_train.training.config import RunConfig, processes
+from bitnet_train.training.device import sharded
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.checkpoint_files import REST, digest_files, take_apart
+from bitnet_train.training.module import TrainingModule
+from bitnet_train.training.run_folder import LAST
+
+
+def build_checkpoints(cfg: RunConfig, clock: TrainingClock, folder: Path) -> Checkpoints:
+    """The callback that saves, for as many processes and the strategy that ``cfg`` says."""
+    if processes(cfg.trainer) == 1:
+        return Checkpoints(clock, folder)
+    return (ShardedCheckpoints if sharded(cfg) else ReplicatedCheckpoints)(clock, folder)
+
+
+class ReplicatedCheckpoints(Checkpoints):
+    """One file, written by the first process; the others have the same state and go on."""
+
+    def overdue(self, minutes: float | None) -> bool:
+        return bool(minutes is not None and group.largest(int(super().overdue(minutes)))[0])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if group.first():
+            super().on_train_start(trainer, pl_module)
+        else:
+            self.begin(trainer)
+
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
+        if group.first():
+            return super().save(trainer, module, step, last)
+        if step != self.saved_step:
+            if not worth_keeping(module, last):
+                return False
+            self.saved(step)
+        return True
+
+
+class ShardedCheckpoints(ReplicatedCheckpoints):
+    """A folder, to which every process writes its shards in a thread of its own from a copy on the CPU.
+
+    The step waits for the copy alone, and for the checkpoint before when that is still being written. The folder gets
+    its name, and last.ckpt points to it, when all processes have written and synced everything.
+    """
+
+    def __init__(self, clock: TrainingClock, folder: Path) -> None:
+        super().__init__(clock, folder)
+        self._hosts: dist.ProcessGroup | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Its own, because its collectives run beside those of the step.
+        self._hosts = group.new_host_group()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
+        """Begin to save; see :meth:`Checkpoints.save`. Raises ConfigError when the save before failed."""
+        if step == self.saved_step:
+            return True
+        if not worth_keeping(module, last):
+            return False
+        assert self._thread is not None
+        with self.clock.paused():
+            self.wait()
+            for logger in trainer.loggers:
+                logger.save()
+            rest, tensors = take_apart(trainer._checkpoint_connector.dump_checkpoint(False))
+            copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+        path = self.folder / f"step-{step:08d}.ckpt"
+        self._writing = self._thread.submit(self._write, path, rest, copies, module.cfg.checkpoint.keep)
+        self.saved(step)
+        if last:
+            self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete. Raises ConfigError when it could not be written."""
+        writing, self._writing = self._writing, None
+        error: ConfigError | None = None
+        if writing is not None:
+            try:
+                writing.result()
+            except Exception as failure:  # of the disk or of another process
+                error = ConfigError(
+                    f"The checkpoint of step {self.saved_step} cannot be written to {self.folder} ({failure}): free "
+                    "space or make the folder writable; what was saved before is intact, and the same command goes on "
+                    "from it."
+                )
+            group.agree(error)
+
+    def _write(self, path: Path, rest: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> None:
+        """In the thread."""
+        partial, failure = path.with_suffix(".partial"), None
+        if group.first():
+            partial.mkdir(parents=True, exist_ok=True)
+        dist.barrier(group=self._hosts)
+        try:
+            # Raises in every process when one of them fails.
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._hosts)
+            digests = digest_files(partial, group.rank())
+            write_atomically(partial / f"files-{group.rank()}.json", json.dumps(digests))
+        except Exception as error:
+            failure = error
+        failed = torch.tensor(int(failure is not None))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._hosts)
+        if failure is not None:
+            raise OSError(str(failure).strip().splitlines()[0])
+        if int(failed):
+            raise OSError("another process could not write")
+        if group.first():
+            write_archive(rest, partial / REST)
+            sync_file(partial / REST)
+            sync_folder(partial)
+            put_folder(partial, path)
+            point_last_to_folder(path)
+            prune(self.folder, path, keep)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self.wait()
+            thread.shutdown()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # The others may be gone, and with them the collectives of the thread: what it has begun stays incomplete.
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with contextlib.suppress(Exception):
+                if self._writing is not None and isinstance(exception, KeyboardInterrupt):
+                    self._writing.result(timeout=60)
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def put_folder(partial: Path, path: Path) -> None:
+    """Give a complete folder its name. What had it, a broken checkpoint or one of a branch that was left, goes."""
+    if path.exists():
+        old = path.with_name(f"{path.stem}.old.partial")
+        path.rename(old)
+        partial.rename(path)
+        sync_folder(path.parent)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    else:
+        partial.rename(path)
+        sync_folder(path.parent)
+
+
+def point_last_to_folder(path: Path) -> None:
+    """Make last.ckpt beside ``path`` a link to it, in one atomic rename."""
+    last, partial = path.with_name(LAST), path.with_name("last.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(path.name)
+    partial.replace(last)
+    sync_folder(last.parent)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU of a tensor, or of this process's shard of one, that training does not change."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    local = tensor.to_local().detach().to("cpu", copy=True)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
