@@ -19,7 +19,9 @@ from bitnet_train.training.run_folder import RunFolder
 from tests.training.conftest import Workspace, write_corpus
 
 # 65 rows do not divide by two processes.
-SETTINGS = ("model.ffn=65", "trainer.precision=32-true", "schedule=constant", "trainer.validate_every=10")
+SETTINGS = (
+    "model.ffn=65", "trainer.precision=32-true", "schedule=constant", "optimizer.lr=1e-3", "trainer.validate_every=10",
+)  # fmt: skip
 ACCUMULATED = (*SETTINGS, "trainer.micro_batch=2")
 TWO = ("trainer.devices=2",)
 FSDP = (*TWO, "trainer.strategy=fsdp")
