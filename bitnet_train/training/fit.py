@@ -31,6 +31,7 @@ from bitnet_train.training.loggers.config import WandbLogger
 from bitnet_train.training.loggers.metrics_csv import MetricsCsv
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import RunFolder
+from bitnet_train.training.slurm import slurm_plugins
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def build_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder.path,
+            plugins=slurm_plugins(),
         )
 
 
