@@ -124,7 +124,7 @@ SINCE_LATER = ("quant.progressive", "regulariser")
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
     "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
-    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks", "cluster", "submit",
+    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks", "cluster",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
 )  # fmt: skip

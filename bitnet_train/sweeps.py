@@ -23,7 +23,7 @@ from bitnet_train.recipes import Catalogue, check_one_kind, settle
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Overrides that never name a sweep's job.
-NAMELESS = ("recipe", "run_name", "run", "command", "paths.runs", "paths.data")
+NAMELESS = ("recipe", "run_name", "run", "command", "submit", "paths.runs", "paths.data")
 # Exit codes of a job that was told to stop, and with it the sweep.
 STOPPED = (130, 143)
 

@@ -116,9 +116,12 @@ def _command(cfg: ClusterConfig, job: Job) -> str:
     if job.layout.nodes * job.layout.tasks_per_node > 1:
         srun.append("--kill-on-bad-exit=1")
     python = cfg.python or job.python
-    words = [*srun, *_container(cfg, job.layout), python if cfg.container is None else cfg.python or "python3"]
-    lines = [" ".join([*map(_shell, words), "-m", "bitnet_train"]), *map(shlex.quote, job.arguments)]
-    return " \\\n  ".join(lines) + " || status=$?"
+    if cfg.container is not None:
+        python = cfg.python or "python3"
+    program = [python, "-m", "bitnet_train"]
+    lines = [srun + program] if cfg.container is None else [srun, _container(cfg, job.layout), program]
+    every = [" ".join(map(_shell, words)) for words in lines] + [*map(shlex.quote, job.arguments)]
+    return " \\\n  ".join(every) + " || status=$?"
 
 
 def _shell(word: str) -> str:
