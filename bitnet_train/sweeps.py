@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
+from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -90,12 +90,15 @@ class SweptJob:
 
     swept: set[str]
     catalogue: Catalogue
+    # What Hydra makes of a setting (optimizer.lr=0.001) -> how it was typed (1e-3), by which runs are named.
+    typed: dict[str, str]
     # How the jobs ended that were run, or waited for, in this process.
     results: list[Result] = field(default_factory=list)
 
     def __call__(self, node: DictConfig) -> Result:
         config = HydraConfig.get()
-        recipe, lines = config.runtime.choices.get("recipe"), list(config.overrides.task)
+        recipe = config.runtime.choices.get("recipe")
+        lines = [self.typed.get(line, line) for line in config.overrides.task]
         name = job_name(lines, self.swept)
         result = run_one(Job(node, None if recipe is None else str(recipe), lines, name), self.catalogue)
         self.ended(result)
@@ -109,8 +112,8 @@ class SweptJob:
             say(result.sentence)
         self.results.append(result)
 
-    def __reduce__(self) -> tuple[type["SweptJob"], tuple[set[str], Catalogue]]:
-        return SweptJob, (self.swept, self.catalogue)  # the results stay where they are
+    def __reduce__(self) -> tuple[type["SweptJob"], tuple[set[str], Catalogue, dict[str, str]]]:
+        return SweptJob, (self.swept, self.catalogue, self.typed)  # the results stay where they are
 
 
 def hydra_sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int:
@@ -128,7 +131,7 @@ def hydra_sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -
         for one in combinations:
             compose_job(flags, [line for line in one if not line.startswith("hydra")], catalogue)
     settle(catalogue, {key: value for key, value in fixed.items() if key not in swept}, kinds)
-    job = SweptJob(swept, catalogue)
+    job = SweptJob(swept, catalogue, as_typed(overrides))
     try:
         hydra_main(job, others, overrides)
     except KeyboardInterrupt:
@@ -148,18 +151,34 @@ def check_slurm_sweep(fixed: dict[str, str]) -> None:
 
 def expand(overrides: list[str]) -> tuple[set[str], list[list[str]]]:
     """The keys that have several values, and the overrides of every combination, with the values as they were typed."""
-    parser = OverridesParser.create()
-    swept, choices = set(), []
-    for line in overrides:
-        head, _, text = line.partition("=")
-        override = parser.parse_overrides([line])[0]
-        values = [text]
-        if override.is_sweep_override():
-            swept.add(head.lstrip("+"))
-            plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(text) & set("[]{}()'\"")
-            values = text.split(",") if plain else list(override.sweep_string_iterator())
-        choices.append([f"{head}={value}" for value in values])
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    choices = [_typed(line, override) for line, override in zip(overrides, parsed, strict=True)]
     return swept, [list(combination) for combination in product(*choices)]
+
+
+def _typed(line: str, override: Override) -> list[str]:
+    """The override with each of its values, as they were typed."""
+    head, _, text = line.partition("=")
+    values = [text]
+    if override.is_sweep_override():
+        plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(text) & set("[]{}()'\"")
+        values = text.split(",") if plain else list(override.sweep_string_iterator())
+    return [f"{head}={value}" for value in values]
+
+
+def as_typed(overrides: list[str]) -> dict[str, str]:
+    """What Hydra's sweepers make of every value -> how it was typed."""
+    found: dict[str, str] = {}
+    for line, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
+        made = (
+            list(override.sweep_string_iterator())
+            if override.is_sweep_override()
+            else [override.get_value_element_as_str()]
+        )
+        typed = _typed(line, override)
+        found |= {f"{override.get_key_element()}={value}": one for value, one in zip(made, typed, strict=True)}
+    return found
 
 
 def job_name(overrides: list[str], swept: set[str]) -> str:

@@ -51,7 +51,8 @@ def plan_requeue(
 
     ``described`` is what ``scontrol show job`` says, by default asked for. A job that was cancelled stays so.
     """
-    if "SLURM_JOB_ID" not in environment or environment.get("SLURM_PROCID", "0") != "0":
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))  # torchrun's or srun's
+    if "SLURM_JOB_ID" not in environment or rank != "0":
         return Requeue(None)
     if environment.get(BY_SCRIPT):
         return Requeue(None, "The batch script puts the job back into the queue.")

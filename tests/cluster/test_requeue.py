@@ -16,6 +16,7 @@ RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None BatchFlag=1 Requeue=1"
         (JOB | {"SLURM_RESTART_COUNT": "2"}, RUNNING, "7", "restart 3 of at most 3"),
         (JOB | {"SLURM_RESTART_COUNT": "3"}, RUNNING, None, "cluster.max_requeues=3 restarts are used"),
         (JOB | {"SLURM_PROCID": "1"}, RUNNING, None, ""),
+        (JOB | {"RANK": "1"}, RUNNING, None, ""),
         (JOB | {BY_SCRIPT: "1"}, RUNNING, None, "The batch script puts the job back"),
         (JOB | {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, RUNNING, "5_2", "SLURM job 5_2 goes back"),
         (JOB, RUNNING.replace("RUNNING Reason=None", "COMPLETING Reason=None"), None, "was cancelled"),
