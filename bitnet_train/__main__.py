@@ -284,8 +284,11 @@ def _submit(job: Job, catalogue: Catalogue) -> int:
     lines = [line for line in job.overrides if line.partition("=")[0] not in ("command", "submit", "run_name")]
     if cfg.command is not Command.train:
         lines.append(f"command={cfg.command.value}")
-    if job.recipe is not None and (node.run_name or "") != job.recipe:
-        lines.append(f"run_name='{node.run_name}'" if "=" in node.run_name else f"run_name={node.run_name}")
+    # The folder by its whole name: the job knows nothing of a sweep that it may be part of.
+    if cfg.command in ON_A_RUN:
+        lines = [line for line in lines if not line.startswith("run=")] + [quoted(f"run={cfg.run}")]
+    elif cfg.run_name not in (None, job.recipe):
+        lines.append(quoted(f"run_name={cfg.run_name}"))
     return run(cfg, [*job.flags, *lines], send)
 
 

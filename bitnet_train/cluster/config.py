@@ -29,9 +29,11 @@ class ClusterConfig:
     memory: str | None = None
     # Longest time of one start of the job, as HH:MM:SS or D-HH:MM:SS (in a recipe with quotes); it may go on after it.
     time: str = "24:00:00"
-    # Where the job runs and on whose account; null for the cluster's defaults.
+    # The partition (queue) that the job waits in; null for the cluster's default, as for the next two.
     partition: str | None = None
+    # The account that it is charged to.
     account: str | None = None
+    # Its quality of service.
     qos: str | None = None
     # Features that the nodes must have, such as a100 or 'a100|h100'.
     constraint: str | None = None

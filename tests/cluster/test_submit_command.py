@@ -120,7 +120,12 @@ def test_other_commands_become_jobs(run: Run, tmp_path: Path) -> None:
     code, out, err = run("command=submit", "cluster.command=evaluate", "run=runs/mine", "evaluate.window=64")
     assert (code, err) == (0, "")
     assert command_of(folder / "evaluate.sbatch") == [
-        "cluster.command=evaluate", "run=runs/mine", "evaluate.window=64", "command=evaluate"
+        "cluster.command=evaluate", "evaluate.window=64", "command=evaluate", "run=runs/mine"
+    ]  # fmt: skip
+    code, _, err = run("+recipe=tiny", "run_name=mine", "command=submit", "cluster.command=evaluate")
+    assert (code, err) == (0, "")
+    assert command_of(folder / "evaluate.sbatch") == [
+        "+recipe=tiny", "cluster.command=evaluate", "command=evaluate", "run=runs/mine"
     ]  # fmt: skip
     assert "#SBATCH --job-name=evaluate-mine" in out
 
