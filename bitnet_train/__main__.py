@@ -6,10 +6,7 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
-from itertools import product
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,12 +14,15 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bitnet_train import signals
+from bitnet_train.cluster.config import ClusterConfig
+from bitnet_train.cluster.job import PREEMPTED, Requeued, plan_requeue, requeue
 from bitnet_train.config import (
+    IN_JOBS,
     KINDS,
     ON_A_RUN,
     VARIANTS,
@@ -35,15 +35,14 @@ from bitnet_train.config import (
     with_kinds,
 )
 from bitnet_train.data.corpus import open_corpus
-from bitnet_train.durable import is_environment, reason
 from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
 from bitnet_train.explain import check_overrides, explain, quoted
 from bitnet_train.help import help_text
 from bitnet_train.interrupts import interrupts_wait
+from bitnet_train.messages import TERMINATED, of_the_machine, say
 from bitnet_train.ranks import this_process
 from bitnet_train.recipes import (
     Catalogue,
-    check_one_kind,
     config_folder,
     option_of,
     read_sweep,
@@ -52,18 +51,10 @@ from bitnet_train.recipes import (
     yaml_reason,
 )
 from bitnet_train.secrets import masked
-from bitnet_train.training.out_of_memory import is_out_of_memory
 from bitnet_train.trust import check_flags
 
-# Overrides that never name a sweep's job.
-NAMELESS = ("recipe", "run_name", "run", "command", "paths.runs", "paths.data")
 # Commands that read the corpus.
 NEED_TEXT = (Command.train, Command.prepare)
-# The sentence for a command that ran out of memory; training, which knows its batch, has a better one.
-OUT_OF_MEMORY = (
-    "This machine ran out of memory ({reason}): choose a smaller model, a shorter data.sequence_length or a machine "
-    "with more memory; whatever was saved before is intact."
-)
 # Longest name of one folder; file systems allow 255 bytes.
 LONGEST_NAME = 120
 
@@ -81,6 +72,11 @@ def main() -> NoReturn:
 
 def answer(arguments: list[str]) -> int:
     """Do what the command line says; the exit code, the worst one of a sweep."""
+    with signals.listening():
+        return _answer(arguments)
+
+
+def _answer(arguments: list[str]) -> int:
     # Without this Hydra prints errors itself and exits with 1; here every error gets one sentence and code 2.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     catalogue = Catalogue()
@@ -99,25 +95,32 @@ def answer(arguments: list[str]) -> int:
         if not flags.multirun:
             job = compose_job(others, flags.overrides, catalogue)
             return 0 if job is None else run_job(job, catalogue)
+        from bitnet_train.sweeps import hydra_sweep, sweep
+
         if any(line.startswith(("hydra/launcher=", "hydra/sweeper=")) for line in flags.overrides):
-            return _hydra_sweep(others, flags.overrides, catalogue)
+            return hydra_sweep(others, flags.overrides, catalogue)
         others = [argument for argument in others if argument not in ("-m", "--multirun")]
-        return _sweep(others, flags.overrides, catalogue)
+        return sweep(others, flags.overrides, catalogue)
     except BitnetTrainError as error:
         error = told_to_all(error)
-        _say(str(error))
+        say(str(error))
         return error.exit_code
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
-        _say(explain(error, catalogue, arguments))
+        say(explain(error, catalogue, arguments))
         return 2
     except (MemoryError, OSError, RuntimeError) as error:
-        sentence = _of_the_machine(error)
+        sentence = of_the_machine(error)
         if sentence is None:
             raise
-        _say(sentence)
+        say(sentence)
         return 2
+    except Requeued:
+        return PREEMPTED
+    except signals.Terminated:
+        say(TERMINATED)
+        return PREEMPTED
     except KeyboardInterrupt:
-        _say("Interrupted; nothing was changed since the last save.")
+        say("Interrupted; nothing was changed since the last save.")
         return 130
 
 
@@ -139,28 +142,6 @@ def told_to_all(error: BitnetTrainError) -> BitnetTrainError:
             except BitnetTrainError as found:
                 return found
     return error
-
-
-def _say(sentence: str) -> None:
-    if not this_process().first:
-        return
-    with suppress(OSError):  # nobody can read it
-        print(f"bitnet_train: {masked(sentence)}", file=sys.stderr, flush=True)
-
-
-def _of_the_machine(error: Exception) -> str | None:
-    """The sentence for an error of the machine, a full memory or disk or a file that cannot be had; None for others."""
-    if is_out_of_memory(error):
-        return _out_of_memory(error)
-    if isinstance(error, OSError) and is_environment(error):
-        where = f" {error.filename}" if error.filename else ""
-        return f"A file{where} cannot be read or written ({reason(error)}): repair that and give the command again."
-    return None
-
-
-def _out_of_memory(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return OUT_OF_MEMORY.format(reason=lines[0][:160].rstrip(". ") if lines else type(error).__name__)
 
 
 def put_sweeps_in(overrides: list[str], catalogue: Catalogue, sweeping: bool) -> list[str]:
@@ -217,6 +198,8 @@ class Job:
     recipe: str | None
     overrides: list[str]
     name: str = ""
+    # Hydra's flags of the command line, --config-dir for one.
+    flags: list[str] = field(default_factory=list)
 
 
 def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, name: str = "") -> Job | None:
@@ -232,10 +215,10 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
 
     def keep(node: DictConfig) -> None:
         recipe = HydraConfig.get().runtime.choices.get("recipe")
-        jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name))
+        jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name, others))
 
     with interrupts_wait():
-        _hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
+        hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
     return jobs[0] if jobs else None
 
 
@@ -264,7 +247,7 @@ def _saved_file(folder: Path) -> Path | None:
     return next((p for p in (folder / "config.yaml", folder.parent.parent / "config.yaml") if p.is_file()), None)
 
 
-def _hydra_main(task: Callable[[DictConfig], None], others: list[str], overrides: list[str]) -> None:
+def hydra_main(task: Callable[[DictConfig], Any], others: list[str], overrides: list[str]) -> None:
     """Hydra's own entry on this command line. (Its parser takes the overrides in one piece only.)"""
     import hydra
 
@@ -275,79 +258,64 @@ def _hydra_main(task: Callable[[DictConfig], None], others: list[str], overrides
         sys.argv = before
 
 
-def _sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int:
-    """Run one job after the other; the worst exit code. All are composed first: a typo stops the sweep at once."""
-    swept, combinations = expand(overrides)
-    jobs = [compose_job(others, line, catalogue, job_name(line, swept)) for line in combinations]
-    code = 0
-    for job in jobs:
-        assert job is not None
-        last = _job_of_many(job, catalogue)
-        code = max(code, last)
-        if last in (130, 143):
-            break
-    return code
-
-
-def _job_of_many(job: Job, catalogue: Catalogue) -> int:
-    """Run a job of a sweep; what is wrong with it is said with its overrides and does not end the sweep."""
-    try:
-        return run_job(job, catalogue)
-    except BitnetTrainError as error:
-        _say(f"{' '.join(job.overrides)}: {error}")
-        return error.exit_code
-    except OmegaConfBaseException as error:
-        _say(f"{' '.join(job.overrides)}: {explain(error, catalogue, job.overrides)}")
-        return 2
-    except (MemoryError, OSError, RuntimeError) as error:
-        sentence = _of_the_machine(error)
-        if sentence is None:
-            raise
-        _say(f"{' '.join(job.overrides)}: {sentence}")
-        return 2
-
-
-def _hydra_sweep(others: list[str], overrides: list[str], catalogue: Catalogue) -> int:
-    """A sweep by a launcher or sweeper that the command line names: Hydra's own loop makes the jobs and starts them."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    fixed = {line.lstrip("+").partition("=")[0]: line.partition("=")[2] for line in overrides}
-    _, combinations = expand(overrides)
-    every = [{key.lstrip("+"): value for key, _, value in (o.partition("=") for o in one)} for one in combinations]
-    kinds = check_one_kind(catalogue, every)
-    settle(catalogue, {key: value for key, value in fixed.items() if key not in swept}, kinds)
-    codes: list[int] = []
-
-    def job(node: DictConfig) -> None:
-        hydra_config = HydraConfig.get()
-        recipe = hydra_config.runtime.choices.get("recipe")
-        lines = list(hydra_config.overrides.task)
-        one = Job(node, None if recipe is None else str(recipe), lines, job_name(lines, swept))
-        codes.append(_job_of_many(one, catalogue))
-        if codes[-1] in (130, 143):
-            raise KeyboardInterrupt
-
-    try:
-        _hydra_main(job, others, overrides)
-    except KeyboardInterrupt:
-        codes.append(130)
-    return max(codes, default=0)
-
-
 def run_job(job: Job, catalogue: Catalogue) -> int:
-    """Validate a composed configuration and run its command; the exit code."""
+    """Validate a composed configuration and run its command; the exit code.
+
+    Whatever a signal interrupts ends with 143, and as a SLURM job goes back into the queue: raises Requeued.
+    """
+    check_keys(job.node)
+    if job.node.command is Command.submit:
+        return _submit(job, catalogue)
     with interrupts_wait():
-        cfg = checked(job, catalogue)
+        cfg = configuration(job, catalogue)
 
     from bitnet_train.commands import run
 
-    return run(cfg)
+    try:
+        with signals.listening():
+            code = run(cfg)
+    except BaseException as error:
+        # An error that follows a signal is its doing: it reached a loader or a compiler too.
+        if not signals.terminated():
+            raise
+        say(TERMINATED if isinstance(error, KeyboardInterrupt | SystemExit) else f"{TERMINATED} ({error})")
+        code = PREEMPTED
+    if code == PREEMPTED:
+        _requeue(cfg.cluster)
+    return code
 
 
-def checked(job: Job, catalogue: Catalogue) -> Config:
-    """The validated configuration of a job."""
+def _requeue(cfg: ClusterConfig) -> None:
+    plan = plan_requeue(cfg.max_requeues)
+    if plan.sentence:
+        say(plan.sentence)
+    if plan.job is not None:
+        say(requeue(plan.job))
+
+
+def _submit(job: Job, catalogue: Catalogue) -> int:
+    """Make the job of a cluster that runs this configuration, which is validated as the job itself will."""
+    from bitnet_train.commands.submit import run
+
+    node, send = job.node, bool(job.node.submit)
+    if node.cluster.command not in IN_JOBS:
+        to_config(node)  # says what is wrong with it
+    node.command, node.submit = Command(node.cluster.command), False
+    cfg = configuration(job, catalogue)
+    lines = [line for line in job.overrides if line.partition("=")[0] not in ("command", "submit", "run_name")]
+    if cfg.command is not Command.train:
+        lines.append(f"command={cfg.command.value}")
+    # The folder by its whole name: the job knows nothing of a sweep that it may be part of.
+    if cfg.command in ON_A_RUN:
+        lines = [line for line in lines if not line.startswith("run=")] + [quoted(f"run={cfg.run}")]
+    elif cfg.run_name not in (None, job.recipe):
+        lines.append(quoted(f"run_name={cfg.run_name}"))
+    return run(cfg, [*job.flags, *lines], send)
+
+
+def configuration(job: Job, catalogue: Catalogue) -> Config:
+    """The validated configuration of a job. Raises ConfigError."""
     node = job.node
-    check_keys(node)
     if node.command in ON_A_RUN:
         cfg = to_config(on_a_run(job))
     else:
@@ -377,42 +345,6 @@ def run_name(name: str, job: str) -> str:
             f"in folders (no spaces, no '.' or '-' at the start, at most {LONGEST_NAME} characters)."
         )
     return f"{name}/{job}" if job else name
-
-
-def expand(overrides: list[str]) -> tuple[set[str], list[list[str]]]:
-    """The keys that have several values, and the overrides of every combination, with the values as they were typed."""
-    parser = OverridesParser.create()
-    swept, choices = set(), []
-    for line in overrides:
-        head, _, text = line.partition("=")
-        override = parser.parse_overrides([line])[0]
-        values = [text]
-        if override.is_sweep_override():
-            swept.add(head.lstrip("+"))
-            plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not set(text) & set("[]{}()'\"")
-            values = text.split(",") if plain else list(override.sweep_string_iterator())
-        choices.append([f"{head}={value}" for value in values])
-    return swept, [list(combination) for combination in product(*choices)]
-
-
-def job_name(overrides: list[str], swept: set[str]) -> str:
-    """What tells one job of a sweep from the others: its overrides.
-
-    A setting that may change when a run is continued is left out unless the sweep tries several values of it, so that
-    the same sweep with more steps continues its runs.
-    """
-    tried: list[str] = []
-    fixed: list[str] = []
-    for line in overrides:
-        key, _, value = line.lstrip("+").partition("=")
-        if key not in NAMELESS and (key in swept or not may_change(key)):
-            (tried if key in swept else fixed).append(f"{key}={value}")
-    parts = [*tried, *fixed]  # a long name is cut at its end, which the jobs have in common
-    # No comma: Hydra would read run=NAME as a list of values.
-    name = "+".join(re.sub(r"[^\w=.-]+", "_", part).strip("_.-") for part in parts)
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 9]}-{sha256(name.encode()).hexdigest()[:8]}"
-    return name
 
 
 def on_a_run(job: Job) -> DictConfig:
@@ -458,4 +390,7 @@ def _read_saved(file: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, so that what a job on a cluster is made of can be found there.
+    from bitnet_train.__main__ import main as start
+
+    start()

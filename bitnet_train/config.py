@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
+from bitnet_train.cluster.config import check_cluster
 from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data
 from bitnet_train.data.images.config import IMAGE_SOURCE_CONFIGS, ImageDataConfig
 from bitnet_train.data.mixture import KEY as MIXTURE_KEY
@@ -54,8 +55,11 @@ class Command(Enum):
     report = "report"
     benchmark = "benchmark"
     convert = "convert"
+    submit = "submit"
 
 
+# What a job on a cluster can do.
+IN_JOBS = [command.value for command in Command if command is not Command.submit]
 # Commands that read the configuration of the run they work on.
 ON_A_RUN = (Command.export, Command.verify, Command.evaluate, Command.generate, Command.report)
 
@@ -70,7 +74,7 @@ class PathsConfig:
 
 @dataclass
 class Config(RunConfig):
-    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report, benchmark or convert.
+    # What to do: train, prepare, estimate, export, verify, evaluate, generate, report, benchmark, convert or submit.
     command: Command = Command.train
     # Name of the run's folder under paths.runs; null for the recipe's name.
     run_name: str | None = None
@@ -89,6 +93,8 @@ class Config(RunConfig):
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     # What convert reads and writes.
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    # With command=submit: hand the script to SLURM's sbatch, and do not only show it.
+    submit: bool = False
 
 
 # Where the configuration has a choice of variants: key -> name -> dataclass. These are Hydra's config groups too.
@@ -120,7 +126,7 @@ SINCE_LATER = ("quant.progressive", "regulariser")
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
     "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
-    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
+    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks", "cluster",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
     "trainer.strategy", "trainer.hang_timeout",
@@ -140,6 +146,9 @@ def validate(cfg: Config) -> None:
     else:
         _check_language(cfg)
     check_kernels(cfg.kernels)
+    check_cluster(cfg.cluster, IN_JOBS)
+    if cfg.submit and cfg.command is not Command.submit:
+        raise ConfigError("submit=true hands a job to a cluster: it goes with command=submit.")
     check_training(cfg)
     _check_way_to_codes(cfg)
     if not cfg.on_images:

@@ -19,6 +19,7 @@ Commands (command=...)
   generate   let a run or an export continue a prompt
   report     a page about a run, or about all runs of a sweep: curves, samples, exports
   convert    turn the linear layers of a transformers checkpoint into BitLinear, checked
+  submit     the sbatch script of a recipe's job on a SLURM cluster; submit=true submits it
   benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)
@@ -47,7 +48,7 @@ Flags
 Every setting, with its value:  python -m bitnet_train +recipe=tiny --cfg job
 What a setting means:           the comments in bitnet_train/*/config.py
 Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a conversion failed its
-checks; 130 Ctrl-C; 143 terminated. A continued sweep ends with its worst code.
+checks; 130 Ctrl-C; 143 terminated or preempted. A continued sweep ends with its worst code.
 """
 
 

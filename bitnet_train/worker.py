@@ -7,29 +7,34 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from bitnet_train import signals
+from bitnet_train.cluster.job import PREEMPTED
 from bitnet_train.commands import run
 from bitnet_train.config import from_plain, to_config
 from bitnet_train.errors import BitnetTrainError
-from bitnet_train.ranks import this_process
-from bitnet_train.training.out_of_memory import is_out_of_memory
+from bitnet_train.messages import TERMINATED, of_the_machine, say
 
 
 def main() -> NoReturn:
     """Trains and exits; what went wrong is said by the first process."""
     job, code = Path(sys.argv[1]), 0
     try:
-        code = run(to_config(from_plain(json.loads(job.read_text()), job)))
+        with signals.listening():
+            code = run(to_config(from_plain(json.loads(job.read_text()), job)))
     except BitnetTrainError as error:
-        _say(str(error))
+        say(str(error))
         code = error.exit_code
     except (MemoryError, OSError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        sentence = of_the_machine(error)
+        if sentence is None:
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        _say(f"This machine ran out of memory ({lines[0][:160].rstrip('. ')}); what was saved before is intact.")
+        say(sentence)
         code = 2
+    except signals.Terminated:
+        say(TERMINATED)
+        code = PREEMPTED
     except KeyboardInterrupt:
-        _say("Interrupted; nothing was changed since the last save.")
+        say("Interrupted; nothing was changed since the last save.")
         code = 130
     if code:
         # The others may be gone: nothing is left that could be taken down together with them.
@@ -37,11 +42,6 @@ def main() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(0)
-
-
-def _say(sentence: str) -> None:
-    if this_process().first:
-        print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

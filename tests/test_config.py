@@ -150,6 +150,7 @@ ALLOWED = {
     "samples": "samples.temperature=0.1",
     "telemetry": "telemetry.every_steps=7",
     "kernels": "kernels.backend=reference",
+    "cluster": "cluster.nodes=1",
     "guard.max_rollbacks": "guard.max_rollbacks=5",
     "trainer.max_steps": "trainer.max_steps=900",
     "trainer.validate_every": "trainer.validate_every=7",

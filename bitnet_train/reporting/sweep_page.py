@@ -1,7 +1,7 @@
 """The page of a sweep: its runs ranked, their curves in one chart, what they differ in."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -14,7 +14,7 @@ from bitnet_train.reporting.page import number, render
 # What belongs to a run's place or to what is done with it, and not to what it tries.
 OWN = (
     "run_name", "run", "command", "paths", "export", "evaluate", "generate", "benchmark", "samples", "logger",
-    "checkpoint",
+    "checkpoint", "cluster", "submit",
 )  # fmt: skip
 # Runs whose curves are drawn; more lines than colours cannot be told apart.
 DRAWN = 8
@@ -27,47 +27,74 @@ def sweep_runs(folder: Path) -> list[Path]:
     return sorted(file.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for file in folder.glob(pattern))
 
 
-def sweep_page(folder: Path) -> str:
-    """The page as HTML. Raises ConfigError when no run below ``folder`` has metrics."""
+@dataclass(frozen=True)
+class Ranking:
+    """The runs of a sweep, best first, as a table."""
+
+    # Names of the runs, best first, and what each differs in from the others.
+    names: list[str]
+    metrics: dict[str, Metrics]
+    differing: list[str]
+    # The figure that they are ranked by in words, and whether more of it is better.
+    what: str
+    on_images: bool
+    headings: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+    # Columns that hold numbers.
+    numbers: tuple[int, ...] = (0, 2, 3, 4, 5)
+
+    @property
+    def best(self) -> str:
+        """The best figure of the best run."""
+        return str(self.rows[0][2])
+
+
+def rank(runs: dict[str, Path]) -> Ranking | None:
+    """The ranking of runs (name -> folder); None when none of them has metrics."""
     configs: dict[str, dict[str, Any]] = {}
     metrics: dict[str, Metrics] = {}
-    for run in sweep_runs(folder):
-        name = str(run.relative_to(folder))
+    for name, run in runs.items():
         try:
             metrics[name] = read_metrics(run / "metrics.csv")
             configs[name] = dict(_leaves(yaml.safe_load((run / "config.yaml").read_text()) or {}))
         except (ConfigError, OSError, yaml.YAMLError):
             metrics.pop(name, None)  # a job that has not begun
     if not metrics:
-        raise ConfigError(f"{folder} holds no run with metrics: train first, or give the folder of a run.")
+        return None
     on_images = any(found.series("val/accuracy")[0] for found in metrics.values())
     figure, unit, what = ("val/accuracy", "images", "accuracy") if on_images else MEASURES_OF_TEXT
     best = {name: found.most(figure) if on_images else found.best(figure) for name, found in metrics.items()}
     sign = -1.0 if on_images else 1.0
     names = sorted(metrics, key=lambda name: (best[name] is None, sign * (best[name] or 0.0), name))
     differing = _differing(configs)
-    ranking = SimpleNamespace(
-        headings=("", "run", f"best {what}", "last", "steps", f"{unit}/s", *differing),
-        numbers=(0, 2, 3, 4, 5),
-        rows=[
-            (
-                rank,
-                name,
-                number(best[name]),
-                number(metrics[name].last(figure)),
-                number(_last_step(metrics[name]), 0),
-                number(metrics[name].last(f"{unit}_per_second"), 0),
-                *(str(configs[name].get(key, "-")) for key in differing),
-            )
-            for rank, name in enumerate(names, start=1)
-        ],
-    )
-    figures = [("runs", str(len(names))), (f"best {what}", number(best[names[0]])), ("best run", names[0])]
+    rows = [
+        (
+            place,
+            name,
+            number(best[name]),
+            number(metrics[name].last(figure)),
+            number(_last_step(metrics[name]), 0),
+            number(metrics[name].last(f"{unit}_per_second"), 0),
+            *(str(configs[name].get(key, "-")) for key in differing),
+        )
+        for place, name in enumerate(names, start=1)
+    ]
+    headings = ("", "run", f"best {what}", "last", "steps", f"{unit}/s", *differing)
+    return Ranking(names, metrics, differing, what, on_images, headings, rows)
+
+
+def sweep_page(folder: Path) -> str:
+    """The page as HTML. Raises ConfigError when no run below ``folder`` has metrics."""
+    ranking = rank({str(run.relative_to(folder)): run for run in sweep_runs(folder)})
+    if ranking is None:
+        raise ConfigError(f"{folder} holds no run with metrics: train first, or give the folder of a run.")
+    names, what, on_images = ranking.names, ranking.what, ranking.on_images
+    figures = [("runs", str(len(names))), (f"best {what}", ranking.best), ("best run", names[0])]
     drawn = f"The curves are those of the best {DRAWN}. " if len(names) > DRAWN else ""
-    subtitle = f"{drawn}They differ in {', '.join(differing) or 'nothing but their names'}."
+    subtitle = f"{drawn}They differ in {', '.join(ranking.differing) or 'nothing but their names'}."
     ranked_by = f"{what} of held-out {'images (higher' if on_images else 'text (lower'} is better)"
     return render(
-        f"Sweep {folder.name}", subtitle, str(folder), figures, _charts(names[:DRAWN], metrics),
+        f"Sweep {folder.name}", subtitle, str(folder), figures, _charts(names[:DRAWN], ranking.metrics),
         ranking=ranking, ranked_by=ranked_by,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Union
 
+from bitnet_train.cluster.config import ClusterConfig
 from bitnet_train.data.config import DataConfig, DatasetConfig
 from bitnet_train.data.images.config import ImageDataConfig
 from bitnet_train.errors import ConfigError
@@ -156,6 +157,8 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=CsvLogger)
     # What evaluate measures, and what is measured on the way.
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    # What is asked of a SLURM cluster.
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property
     def on_images(self) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bitnet_train.__main__ import answer, expand, job_name
+from bitnet_train.__main__ import answer
 from bitnet_train.config import to_yaml
+from bitnet_train.sweeps import expand, job_name
 from tests.composing import compose_config, fresh_recipes, write
 
 Run = Callable[..., tuple[int, str, str]]

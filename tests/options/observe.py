@@ -182,6 +182,7 @@ def wandb(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
         def __init__(self, **named: Any) -> None:
             made.append({key: named[key] for key in ("project", "entity", "tags", "offline", "mode")})
             super().__init__(named["save_dir"])
+            self.experiment.finish = lambda: None  # type: ignore[attr-defined]
 
     monkeypatch.setattr(loggers_module, "WandbLogger", Recorder)
     ended, _ = run_quietly(train.run, configure(place, changes))

@@ -9,12 +9,24 @@ from typing import Any
 import pytest
 
 from bitnet_train.errors import ConfigError
-from tests.options import flips_of_commands, flips_of_data, flips_of_model, flips_of_training, observe, observe_parts
+from tests.options import (
+    flips_of_cluster,
+    flips_of_commands,
+    flips_of_data,
+    flips_of_model,
+    flips_of_training,
+    observe,
+    observe_cluster,
+    observe_parts,
+)
 from tests.options.flip import Flip
 from tests.options.place import Place
 from tests.options.schema import every_field
 
-TABLES = (flips_of_model.FLIPS, flips_of_training.FLIPS, flips_of_data.FLIPS, flips_of_commands.FLIPS)
+TABLES = (
+    flips_of_model.FLIPS, flips_of_training.FLIPS, flips_of_data.FLIPS, flips_of_commands.FLIPS, flips_of_cluster.FLIPS
+)  # fmt: skip
+OBSERVERS = (observe, observe_parts, observe_cluster)
 FLIPS: dict[str, Flip] = {name: flip for table in TABLES for name, flip in table.items()}
 
 
@@ -51,7 +63,7 @@ def test_a_changed_option_changes_something(
 ) -> None:
     flip = FLIPS[name]
     before, after = flip.on, (*flip.on, flip.to)
-    see = getattr(observe, flip.see, None) or getattr(observe_parts, flip.see)
+    see = next(getattr(module, flip.see) for module in OBSERVERS if hasattr(module, flip.see))
     if flip.refused:
         with pytest.raises(ConfigError, match=flip.to.partition("=")[0].replace("[", r"\[")):
             see(place, after, monkeypatch)

@@ -51,13 +51,16 @@ def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
     ).read_text()
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGUSR2, 143)],
+)
 def test_a_signal_saves_and_stops_with_its_exit_code(
     workspace: Workspace, number: signal.Signals, exit_code: int
 ) -> None:
     settings = ("trainer.max_steps=400", "run_name=a", "checkpoint.every_steps=50", "data.workers=2")
     process = workspace.start(*settings)
-    # Ctrl-C in a terminal and a cluster's SIGTERM reach the loader processes too.
+    # Ctrl-C in a terminal and a cluster's signals reach the loader processes too.
     output = workspace.signal_at(process, "a", 50, number, group=True)
     assert process.returncode == exit_code, output
     assert "Traceback" not in output

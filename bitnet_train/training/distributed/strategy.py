@@ -14,6 +14,7 @@ from bitnet_train.training.config import RunConfig, processes
 from bitnet_train.training.device import sharded
 from bitnet_train.training.distributed.checkpoint_files import read_checkpoint, read_into_shards
 from bitnet_train.training.distributed.group import COLLECTIVE_TIMEOUT
+from bitnet_train.training.slurm import slurm_plugins
 
 # Lightning's name of the moment after a checkpoint is written.
 AFTER_SAVING = "Trainer.save_checkpoint"
@@ -75,7 +76,7 @@ def several_processes(cfg: RunConfig) -> dict[str, Any]:
     """The arguments of Lightning's trainer that say how many processes there are, and what they do together."""
     world, trainer = processes(cfg.trainer), cfg.trainer
     if world == 1:
-        return {"devices": 1, "plugins": [AnyCheckpoint()]}
+        return {"devices": 1, "plugins": [AnyCheckpoint(), *slurm_plugins()]}
     environment: ClusterEnvironment = (
         SLURMEnvironment(auto_requeue=False) if this_process().launcher == "srun" else TorchElasticEnvironment()
     )

@@ -36,8 +36,14 @@ def build_wandb(cfg: WandbLogger, run_name: str, folder: Path, config: dict[str,
     key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
     offline = cfg.offline or not key or os.environ.get("WANDB_MODE") == "offline"
 
+    class Run(LightningWandbLogger):
+        def finalize(self, status: str) -> None:
+            super().finalize(status)
+            # Otherwise the next run of this process, a sweep's, would go on in this one's curve.
+            self.experiment.finish()
+
     def make(offline: bool) -> Logger:
-        return LightningWandbLogger(
+        return Run(
             project=cfg.project,
             entity=cfg.entity,
             name=run_name,
