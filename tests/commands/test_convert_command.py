@@ -151,7 +151,7 @@ def test_other_architectures(name: str, run: Run, tmp_path: Path, bpe: TextToken
         (("quant=binary",), "it ternarises at half the mean, and these weights are binary at 0.5"),
         (("quant.weight.groups=4",), "it has one scale per tensor, and these have quant.weight.groups=4"),
         (("quant.weight.threshold=0.7",), "it ternarises at half the mean, and these weights are ternary at 0.7"),
-        (("quant.activation.bits=null",), "it quantises inputs to 8 bits, and these stay floats (quant.activation.bits)"),
+        (("quant.activation.bits=null",), "it quantises inputs to 8 bits, and these stay floats"),
     ],
 )
 def test_what_transformers_cannot_quantise_is_written_plain(
