@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
-from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data
+from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data, check_prepare
 from bitnet_train.data.images.config import IMAGE_SOURCE_CONFIGS, ImageDataConfig
 from bitnet_train.data.mixture import KEY as MIXTURE_KEY
 from bitnet_train.data.mixture import check_mixture
@@ -121,6 +121,7 @@ MAY_CHANGE = (
     "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
+    "data.prepare",
 )  # fmt: skip
 
 
@@ -163,6 +164,7 @@ def _check_language(cfg: Config) -> None:
     check_init(cfg.init, model.norms)
     check_init_overrides(model, cfg.init)
     check_data(text, model.context)
+    check_prepare(text.prepare, cfg.command is Command.prepare)
     check_mixture(text, cfg.trainer.max_steps)
     if model.vocab < text.tokenizer.vocab_size:
         raise ConfigError(

@@ -160,6 +160,7 @@ ALLOWED = {
     "data.workers": "data.workers=2",
     "data.verify": "data.verify=quick",
     "data.rebuild": "data.rebuild=true",
+    "data.prepare": "data.prepare.processes=3",
 }
 
 

@@ -179,6 +179,44 @@ dataclass(DataStage)
 
 
 @dataclass
+class PrepareConfig:
+    """How the work of making token shards is shared out. Their content does not depend on it."""
+
+    # Processes on this machine; 1 tokenises in the command's own (tokenizers uses every core there too).
+    processes: int = 1
+    # With command=prepare: the number of this job among parts, from 0; null for its place in a SLURM array
+    # (sbatch --array=0-15), or 0. Part 0 makes the tokenizer, and whoever finishes last puts the shards together.
+    part: int | None = None
+    # With command=prepare: jobs that share the work, on any machines that share paths.data; null for the size of the
+    # SLURM array, or 1. One more command=prepare without parts does whatever killed ones have left.
+    parts: int | None = None
+    # Text that is tokenised at a time and then marked as done, MB: what a killed preparation has to do again.
+    unit_mb: float = 64.0
+    # Minutes that a part waits for part 0 to make the tokenizer.
+    wait_minutes: float = 120.0
+
+
+def check_prepare(cfg: PrepareConfig, preparing: bool) -> None:
+    """Raises ConfigError for work that is shared out wrongly; ``preparing`` with command=prepare."""
+    if cfg.processes < 1:
+        raise ConfigError(f"data.prepare.processes is {cfg.processes}; it must be at least 1.")
+    if not 0 < cfg.unit_mb <= 1e6:  # also not for NaN
+        raise ConfigError(f"data.prepare.unit_mb is {cfg.unit_mb}; it must be above 0 and at most 1e6.")
+    if not 0 <= cfg.wait_minutes <= 1e6:
+        raise ConfigError(f"data.prepare.wait_minutes is {cfg.wait_minutes}; it must be from 0 to 1e6.")
+    if (cfg.part is not None or cfg.parts is not None) and not preparing:
+        raise ConfigError("data.prepare.part and parts are for command=prepare, on which others wait: leave them out.")
+    if cfg.parts is None and cfg.part is not None:
+        raise ConfigError(f"data.prepare.part={cfg.part} needs data.prepare.parts, the number of jobs.")
+    if cfg.parts is not None and cfg.parts < 1:
+        raise ConfigError(f"data.prepare.parts is {cfg.parts}; it must be at least 1.")
+    if cfg.parts is not None and cfg.part is not None and not 0 <= cfg.part < cfg.parts:
+        raise ConfigError(
+            f"data.prepare.part={cfg.part} must be from 0 to {cfg.parts - 1} (data.prepare.parts={cfg.parts})."
+        )
+
+
+@dataclass
 class DatasetConfig:
     """Base of what models are trained on; a file of the ``data`` group is of one of its subclasses, by its ``name``."""
 
@@ -206,6 +244,8 @@ class DataConfig(DatasetConfig):
     verify: Verify = Verify.auto
     # Prepare again even if prepared shards exist (command=prepare).
     rebuild: bool = False
+    # How command=prepare shares out its work.
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     # Other mixtures from a given step on: [{from: 0.8, weights: {NAME: 0.5, ...}}]; only with data/corpus=mixture.
     stages: list[DataStage] | None = None
 

@@ -47,6 +47,15 @@ def prepared(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyP
     return _digests(folder), splits, again
 
 
+def shared_out(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How the work of preparing was shared out: what is said, and the pieces that are there when it ends."""
+    del monkeypatch
+    cfg = configure(place, changes)
+    ended, output = run_quietly(prepare.run, cfg)
+    pieces = sorted(path.name for path in Path(cfg.paths.data).glob("*.parts/*.json"))
+    return ended, re.sub(r"\S*/results/\d+/", "", output), pieces
+
+
 def buffers(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The shapes of what the model keeps beside its weights."""
     del monkeypatch
