@@ -164,6 +164,14 @@ class Verify(Enum):
     quick = "quick"
 
 
+class Shuffle(Enum):
+    """How the windows of an epoch are shuffled."""
+
+    full = "full"
+    window = "window"
+    none = "none"
+
+
 class DataStage:
     """A part of the run with another mixture, as BitNet b1.58 2B4T's second stage (arXiv 2504.12285, section 2.2)."""
 
@@ -246,6 +254,12 @@ class DataConfig(DatasetConfig):
     rebuild: bool = False
     # How command=prepare shares out its work.
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    # Order of an epoch's windows: shuffled as a whole (full), blocks of neighbours in shuffled order and shuffled within
+    # each (window), or as they lie (none). full reads at random places of all shards, which a shared disk under a corpus
+    # of terabytes does not like; window reads one block after the other.
+    shuffle: Shuffle = Shuffle.full
+    # Windows in a block of shuffle=window; 65536 windows of 2048 tokens are 268 MB of shards (uint16).
+    shuffle_window: int = 65536
     # Other mixtures from a given step on: [{from: 0.8, weights: {NAME: 0.5, ...}}]; only with data/corpus=mixture.
     stages: list[DataStage] | None = None
 
@@ -260,6 +274,8 @@ def check_data(cfg: DataConfig, context: int) -> None:
         raise ConfigError(f"data.workers is {cfg.workers}; it must be 0 or more.")
     if cfg.shard_tokens < cfg.sequence_length + 1:
         raise ConfigError(f"data.shard_tokens={cfg.shard_tokens} is less than one sequence of {cfg.sequence_length}.")
+    if not 1 <= cfg.shuffle_window < 2**40:
+        raise ConfigError(f"data.shuffle_window is {cfg.shuffle_window}; it must be at least 1 (and less than 2^40).")
     if cfg.validation_tokens is not None and cfg.validation_tokens < cfg.sequence_length:
         raise ConfigError(
             f"data.validation_tokens={cfg.validation_tokens} is less than one sequence of {cfg.sequence_length}."

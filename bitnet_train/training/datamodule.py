@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from bitnet_train.data.config import DataConfig
 from bitnet_train.data.mixture import Stage, shares_text
-from bitnet_train.data.order import Drawn, MixtureOrder, Segment
+from bitnet_train.data.order import Drawn, MixtureOrder, Segment, corpus_order
 from bitnet_train.data.sampler import ConsumedBatchSampler
 from bitnet_train.data.shards import Manifest, TokenArray
 from bitnet_train.data.windows import Windows
@@ -111,7 +111,7 @@ class ShardDataModule(L.LightningDataModule):
             origin = Drawn(samples, tuple(drawn))
             if saved != segments:
                 origin = MixtureOrder(sizes, saved, self.seed, origin).drawn(self.consumed)
-        return MixtureOrder(sizes, segments, self.seed, origin)
+        return MixtureOrder(sizes, segments, self.seed, origin, self.cfg.shuffle, self.cfg.shuffle_window)
 
     def epochs(self, max_steps: int) -> str:
         """How often the text is seen by step ``max_steps``, in words."""
@@ -128,9 +128,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         size, early = len(self.train_windows), self.plan.early_batches(self._first_step)
-        sampler = ConsumedBatchSampler(
-            size, self.plan.micro_batch, self.seed, self.consumed, early=early, order=self.order()
-        )
+        order = self.order() or corpus_order(size, self.seed, self.cfg.shuffle, self.cfg.shuffle_window)
+        sampler = ConsumedBatchSampler(size, self.plan.micro_batch, self.seed, self.consumed, early=early, order=order)
         return DataLoader(
             self.train_windows,
             batch_sampler=sampler,
