@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
@@ -25,6 +25,7 @@ from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, DecoderConfig, check_decoder, check_init
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.nn.vision.config import VISION_CONFIGS
+from bitnet_train.planning.config import EstimateConfig, check_estimate
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
 from bitnet_train.quant.progress import check_progressive
 from bitnet_train.quant.spec import as_steps, build_spec
@@ -37,6 +38,7 @@ from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
 from bitnet_train.training.regularisers.config import REGULARISER_CONFIGS
 from bitnet_train.training.schedules.config import SCHEDULE_CONFIGS
 from bitnet_train.training.vision.checks import check_vision
+from bitnet_train.values import check_lists, check_numbers
 
 
 class Command(Enum):
@@ -83,6 +85,8 @@ class Config(RunConfig):
     export: ExportConfig = field(default_factory=ExportConfig)
     # What generate writes.
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    # GPUs that estimate plans for.
+    estimate: EstimateConfig = field(default_factory=EstimateConfig)
     # What benchmark compares.
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     # What convert reads and writes.
@@ -118,7 +122,7 @@ SINCE_LATER = ("quant.progressive", "regulariser")
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
     "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
-    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
+    "estimate", "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "data.workers", "data.verify", "data.rebuild",
     "data.prepare",
@@ -128,6 +132,7 @@ MAY_CHANGE = (
 def validate(cfg: Config) -> None:
     """Every rule between fields, before any work. Raises ConfigError with the first that is broken."""
     check_names(cfg)
+    check_lists(cfg)
     for name in ("runs", "data"):
         if not getattr(cfg.paths, name):
             raise ConfigError(f"paths.{name} is empty: give a folder.")
@@ -148,7 +153,9 @@ def validate(cfg: Config) -> None:
     on_the_way = cfg.command is Command.train and cfg.evaluate.every_steps is not None
     if cfg.evaluate.tasks and (cfg.command is Command.evaluate or on_the_way):
         check_tasks_can_run(cfg.evaluate)
+    check_estimate(cfg.estimate, cfg.on_images)
     check_benchmark(cfg.benchmark)
+    check_numbers(cfg)  # last, because the others know what a setting should be
     if cfg.command is Command.benchmark:
         check_benchmarked(cfg)
 
@@ -260,6 +267,31 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
         raise ConfigError(f"{prefix}{key} is missing from the configuration.")
 
 
+def check_interpolations(node: DictConfig, prefix: str = "") -> None:
+    """Raises ConfigError for a list or a part of the configuration that is ``${...}`` of something else.
+
+    OmegaConf converts single values to the declared type and takes anything else as it is.
+    """
+    for key in node:
+        child, name = node._get_node(key), f"{prefix}{key!s}"
+        if isinstance(child, DictConfig | ListConfig) and child._is_interpolation():
+            found = node[key]
+            kind = child._metadata.ref_type
+            fits = isinstance(found, type(child)) and (not is_dataclass(kind) or _is_a(found, kind))
+            if fits and is_dataclass(item := child._metadata.element_type):
+                fits = all(_is_a(part, item) for part in found)
+            if not fits and not (found is None and child._is_optional()):
+                given: Any = child._value()
+                raise ConfigError(f"{name} is {given}, which stands for something else: give its settings.")
+        elif isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
+            check_interpolations(child, f"{name}.")
+
+
+def _is_a(node: Any, kind: Any) -> bool:
+    own = OmegaConf.get_type(node)
+    return isinstance(own, type) and issubclass(own, kind)
+
+
 def unknown_key(key: str, kind: Any = None) -> str:
     """The sentence for a key that does not exist; ``kind`` is the dataclass where it was looked for, if known."""
     if key.startswith(f"{MIXTURE_KEY}."):  # free names, checked with the corpus that they belong to
@@ -309,6 +341,7 @@ def known_keys() -> list[str]:
 def to_config(node: DictConfig) -> Config:
     """The typed configuration of a composed one, validated. Raises ConfigError."""
     check_keys(node)
+    check_interpolations(node)
     check_kinds(node)
     cfg = OmegaConf.to_object(node)
     assert isinstance(cfg, Config)

@@ -21,6 +21,8 @@ FLIPS: dict[str, Flip] = {
     **each({"embedding": "q8_0"}, "command=export", "run=@wide_run@", "export.formats=[gguf-tq2_0]", under="export.",
            see="exported"),
     **each({"packing": "two_bit"}, "command=export", *RUN, "export.formats=[packed]", under="export.", see="exported"),
+    **each({"gpus": "[8,64]", "gpu": "a100", "gpus_per_node": "4", "matmul_share": "0.5", "memory_share": "0.5",
+            "network_share": "0.5"}, "command=estimate", "estimate.gpus=[8]", under="estimate.", see="command"),
     **each({"prompt": "line", "max_new_tokens": "9", "temperature": "0.1", "top_k": "2", "top_p": "0.2", "min_p": "0.5",
             "stop": "[e]", "samples": "2", "prompts_file": "@prompts@", "seed": "3"},
            "command=generate", *RUN, "generate.max_new_tokens=24", under="generate.", see="command"),
