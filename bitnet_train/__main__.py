@@ -104,7 +104,9 @@ def answer(arguments: list[str]) -> int:
 
 
 def _say(sentence: str) -> None:
-    print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
+    # A value of thousands of letters says no more than its beginning.
+    short = re.sub(r"\S{400,}", lambda found: f"{found[0][:200]}...", sentence)
+    print(f"bitnet_train: {short}", file=sys.stderr, flush=True)
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -182,7 +184,15 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
         recipe = HydraConfig.get().runtime.choices.get("recipe")
         jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name))
 
-    _hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
+    try:
+        _hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError, MemoryError):
+        raise
+    except Exception as error:  # composing does no work of ours: Hydra met what it did not expect
+        reason = str(error).strip().splitlines()
+        raise ConfigError(
+            f"The configuration cannot be composed: {reason[0].rstrip('.') if reason else type(error).__name__}."
+        ) from None
     return jobs[0] if jobs else None
 
 

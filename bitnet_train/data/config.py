@@ -254,9 +254,9 @@ class DataConfig(DatasetConfig):
     rebuild: bool = False
     # How command=prepare shares out its work.
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    # Order of an epoch's windows: shuffled as a whole (full), blocks of neighbours in shuffled order and shuffled within
-    # each (window), or as they lie (none). full reads at random places of all shards, which a shared disk under a corpus
-    # of terabytes does not like; window reads one block after the other.
+    # Order of an epoch's windows: shuffled as a whole (full), blocks of neighbours in shuffled order and shuffled
+    # within each (window), or as they lie (none). full reads at random places of all shards, which a shared disk under
+    # a corpus of terabytes does not like; window reads one block after the other.
     shuffle: Shuffle = Shuffle.full
     # Windows in a block of shuffle=window; 65536 windows of 2048 tokens are 268 MB of shards (uint16).
     shuffle_window: int = 65536

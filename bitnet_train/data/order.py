@@ -1,8 +1,9 @@
 """Which window is the n-th sample: a pure function of the seed and n, and in a mixture of the stages' shares.
 
-:func:`corpus_order` is that of one corpus; the rest is about mixtures. Samples come in blocks of 1,000, in which every corpus has its rounded share, in an order of the block's own. The k-th
-sample of a corpus is the k-th of its own endless epochs (:func:`corpus_order`), whatever the shares are and
-were, so that no window comes back before all others of its corpus have been seen.
+:func:`corpus_order` is that of one corpus; the rest is about mixtures. Samples come in blocks of 1,000, in which every
+corpus has its rounded share, in an order of the block's own. The k-th sample of a corpus is the k-th of its own endless
+epochs (:func:`corpus_order`), whatever the shares are and were, so that no window comes back before all others of its
+corpus have been seen.
 """
 
 import zlib
@@ -20,9 +21,9 @@ from bitnet_train.data.sampler import random_words, sample_index, shuffled
 def blockwise_index(n: int, size: int, seed: int, block: int) -> int:
     """The window that is the n-th sample when blocks of ``block`` neighbours are shuffled, and each inside.
 
-    Every epoch visits all ``size`` windows once. The blocks are cut anew in each: they begin at an offset of the epoch's
-    own, so that windows at a border are not forever apart (the windows before it are a shorter first block, and the
-    last one is shorter too). Constant memory, whatever ``n`` and ``size``.
+    Every epoch visits all ``size`` windows once. The blocks are cut anew in each: they begin at an offset of the
+    epoch's own, so that windows at a border are not forever apart (the windows before it are a shorter first block, and
+    the last one is shorter too). Constant memory, whatever ``n`` and ``size``.
     """
     epoch, position = divmod(n, size)
     if block >= size:

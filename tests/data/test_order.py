@@ -103,5 +103,5 @@ def test_a_mixture_shuffles_each_corpus_so() -> None:
 
 @pytest.mark.parametrize("wrong", ["0", "-3", "2000000000000"])
 def test_a_block_has_at_least_one_window(wrong: str) -> None:
-    with pytest.raises(ConfigError, match="data.shuffle_window is"):
+    with pytest.raises(ConfigError, match=r"data\.shuffle_window is"):
         compose_config("+recipe=tiny", "data.shuffle=window", f"data.shuffle_window={wrong}")
