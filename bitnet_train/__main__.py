@@ -45,6 +45,7 @@ from bitnet_train.recipes import (
     settle,
     yaml_reason,
 )
+from bitnet_train.storage import local_copy
 from bitnet_train.training.out_of_memory import is_out_of_memory
 
 # Overrides that never name a sweep's job.
@@ -56,6 +57,7 @@ OUT_OF_MEMORY = (
     "This machine ran out of memory ({reason}): choose a smaller model, a shorter data.sequence_length or a machine "
     "with more memory; whatever was saved before is intact."
 )
+QUOTES = "'\""
 # Longest name of one folder; file systems allow 255 bytes.
 LONGEST_NAME = 120
 
@@ -78,7 +80,7 @@ def answer(arguments: list[str]) -> int:
             return 0
         others = [argument for argument in arguments if argument not in flags.overrides]
         flags.overrides = put_sweeps_in(flags.overrides, catalogue, bool(flags.multirun))
-        flags.overrides = [quoted(line) for line in flags.overrides]
+        flags.overrides = [quoted(_on_local_copy(line)) for line in flags.overrides]
         check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
         if not flags.multirun:
             job = compose_job(others, flags.overrides, catalogue)
@@ -112,6 +114,12 @@ def _say(sentence: str) -> None:
 def _out_of_memory(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return OUT_OF_MEMORY.format(reason=lines[0][:160].rstrip(". ") if lines else type(error).__name__)
+
+
+def _on_local_copy(line: str) -> str:
+    """``run=URL`` with the folder that it was copied to."""
+    key, _, value = line.partition("=")
+    return f"run={local_copy(value.strip(QUOTES), 'run')}" if key == "run" else line
 
 
 def put_sweeps_in(overrides: list[str], catalogue: Catalogue, sweeping: bool) -> list[str]:
@@ -225,7 +233,8 @@ def _hydra_main(task: Callable[[DictConfig], None], others: list[str], overrides
     """Hydra's own entry on this command line. (Its parser takes the overrides in one piece only.)"""
     import hydra
 
-    before, sys.argv = sys.argv, [sys.argv[0], *others, *overrides]
+    # Flags last: --info would take an override behind it for its own value.
+    before, sys.argv = sys.argv, [sys.argv[0], *overrides, *others]
     try:
         hydra.main(config_path=str(config_folder("conf")), config_name="config", version_base="1.3")(task)()
     finally:

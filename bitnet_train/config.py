@@ -29,6 +29,7 @@ from bitnet_train.planning.config import EstimateConfig, check_estimate
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
 from bitnet_train.quant.progress import check_progressive
 from bitnet_train.quant.spec import as_steps, build_spec
+from bitnet_train.storage import check_url
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
 from bitnet_train.training.config import RunConfig
@@ -153,6 +154,9 @@ def validate(cfg: Config) -> None:
     on_the_way = cfg.command is Command.train and cfg.evaluate.every_steps is not None
     if cfg.evaluate.tasks and (cfg.command is Command.evaluate or on_the_way):
         check_tasks_can_run(cfg.evaluate)
+    for key, url in (("checkpoint.mirror", cfg.checkpoint.mirror), ("export.to", cfg.export.to)):
+        if url is not None:
+            check_url(url, key)
     check_estimate(cfg.estimate, cfg.on_images)
     check_benchmark(cfg.benchmark)
     check_numbers(cfg)  # last, because the others know what a setting should be

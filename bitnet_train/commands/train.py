@@ -17,6 +17,7 @@ from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.nn.config import initial_source
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
+from bitnet_train.storage import local_copy
 from bitnet_train.training.losses.config import DistillationLoss
 from bitnet_train.training.run_folder import RunFolder
 
@@ -28,6 +29,10 @@ def run(cfg: Config) -> int:
     folder = RunFolder(Path(cfg.paths.runs) / cfg.run_name)
     fork = _fork_source(cfg, folder)
     folder.lock()
+    if cfg.checkpoint.mirror is not None and folder.last_checkpoint is None:
+        from bitnet_train.training.callbacks.mirror import restore
+
+        restore(cfg.checkpoint.mirror, cfg.run_name, folder, console)
     saved = folder.saved_config()
     if saved is not None:
         check_continuation(saved, cfg, folder.config_file)
@@ -137,7 +142,7 @@ def _fork_source(cfg: Config, folder: RunFolder) -> Path | None:
     source = cfg.resume["from"]
     if source is None:
         return None
-    run_folder, _, step = str(source).partition("@")
+    run_folder, _, step = local_copy(str(source), "resume.from").partition("@")
     if Path(run_folder).resolve() == folder.path.resolve():
         raise ConfigError(f"resume.from={source} is this run's own folder: give the fork a run_name of its own.")
     checkpoints = RunFolder(Path(run_folder)).checkpoints

@@ -55,6 +55,13 @@ def test_is_answered_with_one_sentence(words: list[str], said: str) -> None:
     assert said in ended.sentences[0]
 
 
+def test_a_flag_behind_the_settings_takes_none_of_them_for_its_value() -> None:
+    for line in (["+recipe=tiny", "seed=3", "--info"], ["--info", "+recipe=tiny"], ["+recipe=tiny", "--cfg", "job"]):
+        ended = run(line)
+        assert ended.code in (0, 2), line
+        assert not defect(ended), line
+
+
 def test_a_number_under_defaults(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [3]\nseed: 2\n")
     ended = run(["--config-dir", str(tmp_path), "+recipe=mine"])

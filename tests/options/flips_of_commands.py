@@ -18,6 +18,7 @@ FLIPS: dict[str, Flip] = {
     **each({"formats": "[packed]", "dtype": "bfloat16", "linear_class": "bitlinear", "license": "mit",
             "verify_tokens": "512"}, "command=export", *RUN, "export.formats=[hf-packed]", under="export.",
            see="exported"),
+    "export.to": Flip("export.to=memory://exports", ("command=export", *RUN, "export.formats=[packed]"), see="command"),
     **each({"embedding": "q8_0"}, "command=export", "run=@wide_run@", "export.formats=[gguf-tq2_0]", under="export.",
            see="exported"),
     **each({"packing": "two_bit"}, "command=export", *RUN, "export.formats=[packed]", under="export.", see="exported"),
