@@ -51,10 +51,12 @@ from bitnet_train.recipes import (
     yaml_reason,
 )
 from bitnet_train.secrets import masked
+from bitnet_train.storage import local_copy
 from bitnet_train.trust import check_flags
 
 # Commands that read the corpus.
 NEED_TEXT = (Command.train, Command.prepare)
+QUOTES = "'\""
 # Longest name of one folder; file systems allow 255 bytes.
 LONGEST_NAME = 120
 
@@ -90,7 +92,7 @@ def _answer(arguments: list[str]) -> int:
             return 0
         others = [argument for argument in arguments if argument not in flags.overrides]
         flags.overrides = put_sweeps_in(flags.overrides, catalogue, bool(flags.multirun))
-        flags.overrides = [quoted(line) for line in flags.overrides]
+        flags.overrides = [quoted(_on_local_copy(line)) for line in flags.overrides]
         check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
         if not flags.multirun:
             job = compose_job(others, flags.overrides, catalogue)
@@ -142,6 +144,12 @@ def told_to_all(error: BitnetTrainError) -> BitnetTrainError:
             except BitnetTrainError as found:
                 return found
     return error
+
+
+def _on_local_copy(line: str) -> str:
+    """``run=URL`` with the folder that it was copied to."""
+    key, _, value = line.partition("=")
+    return f"run={local_copy(value.strip(QUOTES), 'run')}" if key == "run" else line
 
 
 def put_sweeps_in(overrides: list[str], catalogue: Catalogue, sweeping: bool) -> list[str]:
@@ -217,8 +225,16 @@ def compose_job(others: list[str], overrides: list[str], catalogue: Catalogue, n
         recipe = HydraConfig.get().runtime.choices.get("recipe")
         jobs.append(Job(node, None if recipe is None else str(recipe), overrides, name, others))
 
-    with interrupts_wait():
-        hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
+    try:
+        with interrupts_wait():
+            hydra_main(keep, others, [*(f"{group}={option}" for group, option in base.items()), *overrides])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError, MemoryError):
+        raise
+    except Exception as error:  # composing does no work of ours: Hydra met what it did not expect
+        reason = str(error).strip().splitlines()
+        raise ConfigError(
+            f"The configuration cannot be composed: {reason[0].rstrip('.') if reason else type(error).__name__}."
+        ) from None
     return jobs[0] if jobs else None
 
 
@@ -251,7 +267,8 @@ def hydra_main(task: Callable[[DictConfig], Any], others: list[str], overrides: 
     """Hydra's own entry on this command line. (Its parser takes the overrides in one piece only.)"""
     import hydra
 
-    before, sys.argv = sys.argv, [sys.argv[0], *others, *overrides]
+    # Flags last: --info would take an override behind it for its own value.
+    before, sys.argv = sys.argv, [sys.argv[0], *overrides, *others]
     try:
         hydra.main(config_path=str(config_folder("conf")), config_name="config", version_base="1.3")(task)()
     finally:

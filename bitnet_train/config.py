@@ -9,12 +9,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.benchmarking.config import BenchmarkConfig, check_benchmark
 from bitnet_train.cluster.config import check_cluster
-from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data
+from bitnet_train.data.config import CORPUS_CONFIGS, TOKENIZER_CONFIGS, DataConfig, check_data, check_prepare
 from bitnet_train.data.images.config import IMAGE_SOURCE_CONFIGS, ImageDataConfig
 from bitnet_train.data.mixture import KEY as MIXTURE_KEY
 from bitnet_train.data.mixture import check_mixture
@@ -22,15 +22,16 @@ from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
 from bitnet_train.export.config import ConvertConfig, ExportConfig, check_convert
 from bitnet_train.export.rules import check_formats
-from bitnet_train.finite import check_finite
 from bitnet_train.kernels.config import check_kernels
 from bitnet_train.nn.config import INIT_CONFIGS, DecoderConfig, check_decoder, check_init
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.nn.vision.config import VISION_CONFIGS
+from bitnet_train.planning.config import EstimateConfig, check_estimate
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS
 from bitnet_train.quant.progress import check_progressive
 from bitnet_train.quant.spec import as_steps, build_spec
 from bitnet_train.secrets import is_secret
+from bitnet_train.storage import check_url
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.clipping.config import CLIP_CONFIGS
 from bitnet_train.training.config import RunConfig, processes
@@ -40,6 +41,7 @@ from bitnet_train.training.optimizers.config import OPTIMIZER_CONFIGS
 from bitnet_train.training.regularisers.config import REGULARISER_CONFIGS
 from bitnet_train.training.schedules.config import SCHEDULE_CONFIGS
 from bitnet_train.training.vision.checks import check_vision
+from bitnet_train.values import check_finite, check_lists, check_sizes
 
 
 class Command(Enum):
@@ -89,6 +91,8 @@ class Config(RunConfig):
     export: ExportConfig = field(default_factory=ExportConfig)
     # What generate writes.
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    # GPUs that estimate plans for.
+    estimate: EstimateConfig = field(default_factory=EstimateConfig)
     # What benchmark compares.
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     # What convert reads and writes.
@@ -126,11 +130,11 @@ SINCE_LATER = ("quant.progressive", "regulariser")
 # What may change when a run is continued: how long and where it runs and what it writes, not what it computes.
 MAY_CHANGE = (
     "command", "run_name", "run", "paths", "resume", "export", "evaluate", "generate", "benchmark", "convert",
-    "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks", "cluster",
+    "estimate", "logger", "checkpoint", "samples", "telemetry", "kernels", "guard.max_rollbacks", "cluster",
     "trainer.max_steps", "trainer.validate_every", "trainer.log_every",
     "trainer.micro_batch", "trainer.compile", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
     "trainer.strategy", "trainer.hang_timeout",
-    "trainer.activation_checkpointing", "data.workers", "data.verify", "data.rebuild",
+    "trainer.activation_checkpointing", "data.workers", "data.verify", "data.rebuild", "data.prepare",
 )  # fmt: skip
 
 
@@ -161,7 +165,12 @@ def validate(cfg: Config) -> None:
     on_the_way = cfg.command is Command.train and cfg.evaluate.every_steps is not None
     if cfg.evaluate.tasks and (cfg.command is Command.evaluate or on_the_way):
         check_tasks_can_run(cfg.evaluate)
+    for key, url in (("checkpoint.mirror", cfg.checkpoint.mirror), ("export.to", cfg.export.to)):
+        if url is not None:
+            check_url(url, key)
+    check_estimate(cfg.estimate, cfg.on_images)
     check_benchmark(cfg.benchmark)
+    check_sizes(cfg)  # last, because the others know what a setting should be
     if cfg.command is Command.benchmark:
         check_benchmarked(cfg)
 
@@ -177,6 +186,7 @@ def _check_language(cfg: Config) -> None:
     check_init(cfg.init, model.norms)
     check_init_overrides(model, cfg.init)
     check_data(text, model.context)
+    check_prepare(text.prepare, cfg.command is Command.prepare)
     check_mixture(text, cfg.trainer.max_steps)
     if model.vocab < text.tokenizer.vocab_size:
         raise ConfigError(
@@ -274,6 +284,31 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
         raise ConfigError(f"{prefix}{key} is missing from the configuration.")
 
 
+def check_interpolations(node: DictConfig, prefix: str = "") -> None:
+    """Raises ConfigError for a list or a part of the configuration that is ``${...}`` of something else.
+
+    OmegaConf converts single values to the declared type and takes anything else as it is.
+    """
+    for key in node:
+        child, name = node._get_node(key), f"{prefix}{key!s}"
+        if isinstance(child, DictConfig | ListConfig) and child._is_interpolation():
+            found = node[key]
+            kind = child._metadata.ref_type
+            fits = isinstance(found, type(child)) and (not is_dataclass(kind) or _is_a(found, kind))
+            if fits and is_dataclass(item := child._metadata.element_type):
+                fits = all(_is_a(part, item) for part in found)
+            if not fits and not (found is None and child._is_optional()):
+                given: Any = child._value()
+                raise ConfigError(f"{name} is {given}, which stands for something else: give its settings.")
+        elif isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
+            check_interpolations(child, f"{name}.")
+
+
+def _is_a(node: Any, kind: Any) -> bool:
+    own = OmegaConf.get_type(node)
+    return isinstance(own, type) and issubclass(own, kind)
+
+
 def unknown_key(key: str, kind: Any = None) -> str:
     """The sentence for a key that does not exist; ``kind`` is the dataclass where it was looked for, if known."""
     if key.startswith(f"{MIXTURE_KEY}."):  # free names, checked with the corpus that they belong to
@@ -323,9 +358,11 @@ def known_keys() -> list[str]:
 def to_config(node: DictConfig) -> Config:
     """The typed configuration of a composed one, validated. Raises ConfigError."""
     check_keys(node)
+    check_interpolations(node)
     check_kinds(node)
     cfg = OmegaConf.to_object(node)
     assert isinstance(cfg, Config)
+    check_lists(cfg)
     check_no_secrets(cfg)
     validate(cfg)
     return cfg

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -59,6 +59,8 @@ def check_overrides(overrides: list[str], catalogue: Catalogue, sweeping: bool) 
             raise ConfigError(f"{line}: settings cannot be removed; give {key} another value, or null if it may be.")
         if override.is_sweep_override() and not sweeping:
             raise ConfigError(f"{line} is several values: add -m for a job with each, or write [a,b] for a list.")
+        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            raise ConfigError(f"{line}: glob() is not understood; list the values, as in {key}=a,b.")
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise ConfigError(f"{line} has no end of values to try: list them, as in {key}=1,2,3.")
         if key in catalogue.options:
@@ -181,6 +183,9 @@ def _wrong_value(key: str, error: ValidationError, catalogue: Catalogue) -> str:
     if expected:
         options = expected[1].split(", ")
         return f"{key}={value} does not exist; choose one of {', '.join(options)}.{did_you_mean(str(value), options)}"
+    if "is not a valid input for <enum" in message:
+        names = getattr(getattr(error.child_node, "enum_type", None), "__members__", {})
+        return f"{key} must be {'one of ' + ', '.join(names) if names else 'a name'}, not '{value}'."
     kind = re.search(r"could not be converted to (\w+)", message) or re.search(r"is not a valid (\w+)", message)
     if kind and value == {}:
         return f"{key} is a single value; there are no keys below it."
@@ -221,6 +226,9 @@ def _composition(text: str, catalogue: Catalogue) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     noise = ("In '", "object_type", "reference_type", "full_key", "See http")
     lines = [line for line in lines if not line.startswith(noise)]
+    unmerged = re.match(r"Error merging override (.*)", lines[0]) if len(lines) > 1 else None
+    if unmerged:
+        return f"{unmerged[1]} does not fit: {lines[1].rstrip('.')}."
     return f"{lines[0].rstrip('.')}." if lines else "The configuration cannot be composed."
 
 

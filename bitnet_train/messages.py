@@ -1,5 +1,6 @@
 """What the program says on the standard error: one line for one thing that went wrong, from one process."""
 
+import re
 import sys
 from contextlib import suppress
 
@@ -20,8 +21,10 @@ def say(sentence: str) -> None:
     """One line on the standard error, from the first process, without secrets."""
     if not this_process().first:
         return
+    # A value of thousands of letters says no more than its beginning.
+    short = re.sub(r"\S{400,}", lambda found: f"{found[0][:200]}...", masked(sentence))
     with suppress(OSError):  # nobody can read it
-        print(f"bitnet_train: {masked(sentence)}", file=sys.stderr, flush=True)
+        print(f"bitnet_train: {short}", file=sys.stderr, flush=True)
 
 
 def of_the_machine(error: Exception) -> str | None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,11 @@ def _choice(catalogue: Catalogue, recipe: str, key: str, given: dict[str, str]) 
     for entry in defaults_of(node) if isinstance(node, DictConfig) else []:
         if isinstance(entry, dict) and child in entry:
             return str(entry[child])
+    return _default_choice(key)
+
+
+@cache
+def _default_choice(key: str) -> str:
     return str(OmegaConf.select(OmegaConf.structured(Config), f"{key}.name"))
 
 

@@ -144,6 +144,7 @@ ALLOWED = {
     "evaluate": "evaluate.window=64",
     "generate": "generate.seed=7",
     "benchmark": "benchmark.rounds=3",
+    "estimate": "estimate.gpus=[8]",
     "convert": "convert.tokens=64",
     "logger": "logger=wandb",
     "checkpoint": "checkpoint.every_steps=3",
@@ -166,6 +167,7 @@ ALLOWED = {
     "data.workers": "data.workers=2",
     "data.verify": "data.verify=quick",
     "data.rebuild": "data.rebuild=true",
+    "data.prepare": "data.prepare.processes=3",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from bitnet_train.commands.console import make_console
+from bitnet_train.commands.scaling import plans_of, scaling_tables
 from bitnet_train.config import Config
 from bitnet_train.data.config import MixtureCorpus
 from bitnet_train.data.describe import describe
@@ -43,6 +44,7 @@ def run(cfg: Config) -> int:
         corpora = corpus_epochs(cfg, figures)
         more = {"training_tokens_prepared": tokens, "epochs": figures.tokens / tokens if tokens else None}
         more |= {"data": data, "corpus_epochs": corpora or None}
+        more |= {"scaling": [plan.as_dict() for plan in plans_of(cfg)]} if cfg.estimate.gpus else {}
         work = _work(figures, cfg, tokens, remark, corpora)
     folder = Path(cfg.paths.runs) / cfg.run_name / "estimate"
     try:
@@ -56,6 +58,10 @@ def run(cfg: Config) -> int:
     for table in (_parameters(figures), work, _memory(figures, cfg), _disk(figures, cfg), _curve(figures)):
         console.print()
         console.print(table)
+    if isinstance(figures, Estimate) and (plans := plans_of(cfg)):
+        for part in scaling_tables(cfg, plans, figures.tokens):
+            console.print()
+            console.print(part, markup=False)
     if isinstance(cfg.loss, DistillationLoss):
         console.print(f"Not counted: the teacher {cfg.loss.teacher}, its weights and its forward passes.", markup=False)
     console.print(f"{folder / 'schedule.png'} and {folder / 'estimate.json'}")

@@ -20,6 +20,7 @@ from bitnet_train.export.sizes import ExportSize
 from bitnet_train.export.writers import FORMATS, Job
 from bitnet_train.reporting.model_card import CardFacts, write_card
 from bitnet_train.reporting.run_page import write_run_page
+from bitnet_train.storage import put_folder
 
 MEGABYTE = 1_000_000
 GGUF_FORMATS = {container.value for container in Container}
@@ -53,6 +54,10 @@ def run(cfg: Config) -> int:
         console.print(f"written: {folder} (step {opened.canonical.step})", markup=False)
     _print_sizes(cfg, opened, folders, console)
     verify_all(cfg, opened, held_out, folders, console)
+    for folder in folders if cfg.export.to is not None else []:
+        url = f"{str(cfg.export.to).rstrip('/')}/{_run_name(cfg, opened)}/{folder.name}"
+        put_folder(folder, url, "export.to")
+        console.print(f"copied: {url}", markup=False)
     return 0
 
 

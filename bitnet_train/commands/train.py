@@ -20,6 +20,7 @@ from bitnet_train.quant.progress import moved_back
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.ranks import Ranks, this_process
 from bitnet_train.reporting.run_page import REPORT_FILE, write_run_page
+from bitnet_train.storage import local_copy
 from bitnet_train.training.config import processes
 from bitnet_train.training.distributed.checks import check_started
 from bitnet_train.training.losses.config import DistillationLoss
@@ -68,7 +69,7 @@ def _train(cfg: Config, ranks: Ranks) -> int:
 
 def _run(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> int:
     assert cfg.run_name is not None
-    fork = _in_turn(ranks, lambda: _claim(cfg, folder, console))
+    fork = _in_turn(ranks, lambda: _claim(cfg, folder, ranks, console))
     own = _from_first(ranks, lambda: folder.good_checkpoint(loudly(console)))
     outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, own, fork, ranks, console)
     if not ranks.first:
@@ -93,10 +94,15 @@ def _run(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> int:
     return 0
 
 
-def _claim(cfg: Config, folder: RunFolder, console: Console) -> Path | None:
+def _claim(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> Path | None:
     """Lock the run folder for this configuration, which must be the one it was started with; what the run forks."""
     fork = _fork_source(cfg, folder)
     folder.lock(loudly(console))
+    if ranks.first and cfg.checkpoint.mirror is not None and folder.last_checkpoint is None:
+        from bitnet_train.training.callbacks.mirror import restore
+
+        assert cfg.run_name is not None
+        restore(cfg.checkpoint.mirror, cfg.run_name, folder, console)
     saved = folder.saved_config()
     if saved is not None:
         with interrupts_wait():
@@ -243,7 +249,7 @@ def _fork_source(cfg: Config, folder: RunFolder) -> Path | None:
     source = cfg.resume["from"]
     if source is None:
         return None
-    run_folder, _, step = str(source).partition("@")
+    run_folder, _, step = local_copy(str(source), "resume.from").partition("@")
     if Path(run_folder).resolve() == folder.path.resolve():
         raise ConfigError(f"resume.from={source} is this run's own folder: give the fork a run_name of its own.")
     checkpoints = RunFolder(Path(run_folder)).checkpoints

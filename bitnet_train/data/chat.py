@@ -7,12 +7,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bitnet_train.data.config import ChatCorpus
-from bitnet_train.data.document import Document, bounded_lines, find_files, held_out, stamp
+from bitnet_train.data.document import Document, find_files, held_out, stamp
 from bitnet_train.data.parquet import read_rows
+from bitnet_train.data.units import Line, Span, Unit, lines_of, named, spans
 from bitnet_train.errors import ConfigError
 
 Message = dict[str, Any]
@@ -27,7 +29,7 @@ class Conversation(Document):
     """Messages with ``role`` and ``content``; ``text`` is their contents; ``where`` names file and line."""
 
     messages: tuple[Message, ...]
-    where: str
+    where: str | Line
 
 
 class ChatSource:
@@ -47,53 +49,67 @@ class ChatSource:
         self.template = _read_template(cfg.template) if cfg.template else None
 
     def documents(self) -> Iterator[Conversation]:
-        for index, conversation in enumerate(self._conversations(self.files)):
+        for index, conversation in enumerate(self._conversations([Span(path) for path in self.files])):
             yield replace(
                 conversation,
                 validation=self.validation_files is None and held_out(index, self.cfg.validation_every),
             )
-        for conversation in self._conversations(self.validation_files or []):
+        for conversation in self._conversations([Span(path) for path in self.validation_files or []]):
             yield replace(conversation, validation=True)
+
+    def units(self, limit: int) -> list[Unit]:
+        """Shares of about ``limit`` bytes (:mod:`bitnet_train.data.units`)."""
+
+        def conversations(share: list[Span], validation: bool) -> Iterator[Document]:
+            return (replace(conversation, validation=validation) for conversation in self._conversations(share))
+
+        every = self.cfg.validation_every if self.validation_files is None else None
+        held = spans(self.validation_files or [], limit)
+        return [
+            *(Unit(named(share), partial(conversations, share, False), every) for share in spans(self.files, limit)),
+            *(Unit(named(share), partial(conversations, share, True)) for share in held),
+        ]
 
     def identity(self) -> dict[str, str]:
         template = {} if self.template is None else {"template": hashlib.sha256(self.template.encode()).hexdigest()}
         return {"files": stamp([*self.files, *(self.validation_files or [])]), **template}
 
-    def _conversations(self, files: list[Path]) -> Iterator[Conversation]:
-        for path in files:
-            rows = self._parquet(path) if path.suffix == ".parquet" else self._jsonl(path)
+    def _conversations(self, parts: list[Span]) -> Iterator[Conversation]:
+        for span in parts:
+            rows = self._parquet(span) if span.path.suffix == ".parquet" else self._jsonl(span)
             for where, messages in rows:
                 yield self._checked(where, messages)
 
-    def _parquet(self, path: Path) -> Iterator[tuple[str, object]]:
+    def _parquet(self, span: Span) -> Iterator[tuple[str, object]]:
         field = self.cfg.messages_field
-        for number, row in enumerate(read_rows(path, [field]), start=1):
+        for number, row in read_rows(span.path, [field], (span.start, span.stop)):
             messages = row[field]
             if isinstance(messages, list):
                 # A table has every column in every row.
                 messages = [
                     {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages
                 ]
-            yield f"{path} row {number}", messages
+            yield f"{span.path} row {number}", messages
 
-    def _jsonl(self, path: Path) -> Iterator[tuple[str, object]]:
+    def _jsonl(self, span: Span) -> Iterator[tuple[str | Line, object]]:
+        path = span.path
         opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-        number = 0
+        where = Line(path, 0, 0)
         try:
             with opener(path, "rb") as stream:
-                for number, line in enumerate(bounded_lines(path, stream), start=1):
+                for where, line in lines_of(span, stream):
                     if line.strip():
                         record = json.loads(line.decode("utf-8"))
                         yield (
-                            f"{path} line {number}",
+                            where if where.number is None else str(where),
                             record.get(self.cfg.messages_field) if isinstance(record, dict) else None,
                         )
         except ValueError as error:  # JSON, UTF-8
-            raise ConfigError(f"{path} line {number} is no JSON: {str(error).splitlines()[0]}.") from None
+            raise ConfigError(f"{where} is no JSON: {str(error).splitlines()[0]}.") from None
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(f"{path} cannot be read: {error}.") from None
 
-    def _checked(self, where: str, messages: object) -> Conversation:
+    def _checked(self, where: str | Line, messages: object) -> Conversation:
         if not isinstance(messages, list) or not messages:
             raise ConfigError(
                 f"{where} has no list of messages in '{self.cfg.messages_field}' (data.corpus.messages_field)."

@@ -84,7 +84,7 @@ class ChatEncoder:
             done = len(turn)
         return [(text, learnt) for text, learnt in [*found, (whole[done:], False)] if text]
 
-    def _render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: list[Message], where: object, add_generation_prompt: bool = False) -> str:
         import jinja2
 
         try:

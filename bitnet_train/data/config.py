@@ -164,6 +164,14 @@ class Verify(Enum):
     quick = "quick"
 
 
+class Shuffle(Enum):
+    """How the windows of an epoch are shuffled."""
+
+    full = "full"
+    window = "window"
+    none = "none"
+
+
 class DataStage:
     """A part of the run with another mixture, as BitNet b1.58 2B4T's second stage (arXiv 2504.12285, section 2.2)."""
 
@@ -176,6 +184,44 @@ class DataStage:
 DataStage.__annotations__["from"] = Union[int, float]  # noqa: UP007
 setattr(DataStage, "from", field(default=MISSING, init=False, repr=False, compare=False))
 dataclass(DataStage)
+
+
+@dataclass
+class PrepareConfig:
+    """How the work of making token shards is shared out. Their content does not depend on it."""
+
+    # Processes on this machine; 1 tokenises in the command's own (tokenizers uses every core there too).
+    processes: int = 1
+    # With command=prepare: the number of this job among parts, from 0; null for its place in a SLURM array
+    # (sbatch --array=0-15), or 0. Part 0 makes the tokenizer, and whoever finishes last puts the shards together.
+    part: int | None = None
+    # With command=prepare: jobs that share the work, on any machines that share paths.data; null for the size of the
+    # SLURM array, or 1. One more command=prepare without parts does whatever killed ones have left.
+    parts: int | None = None
+    # Text that is tokenised at a time and then marked as done, MB: what a killed preparation has to do again.
+    unit_mb: float = 64.0
+    # Minutes that a part waits for part 0 to make the tokenizer.
+    wait_minutes: float = 120.0
+
+
+def check_prepare(cfg: PrepareConfig, preparing: bool) -> None:
+    """Raises ConfigError for work that is shared out wrongly; ``preparing`` with command=prepare."""
+    if cfg.processes < 1:
+        raise ConfigError(f"data.prepare.processes is {cfg.processes}; it must be at least 1.")
+    if not 0 < cfg.unit_mb <= 1e6:  # also not for NaN
+        raise ConfigError(f"data.prepare.unit_mb is {cfg.unit_mb}; it must be above 0 and at most 1e6.")
+    if not 0 <= cfg.wait_minutes <= 1e6:
+        raise ConfigError(f"data.prepare.wait_minutes is {cfg.wait_minutes}; it must be from 0 to 1e6.")
+    if (cfg.part is not None or cfg.parts is not None) and not preparing:
+        raise ConfigError("data.prepare.part and parts are for command=prepare, on which others wait: leave them out.")
+    if cfg.parts is None and cfg.part is not None:
+        raise ConfigError(f"data.prepare.part={cfg.part} needs data.prepare.parts, the number of jobs.")
+    if cfg.parts is not None and cfg.parts < 1:
+        raise ConfigError(f"data.prepare.parts is {cfg.parts}; it must be at least 1.")
+    if cfg.parts is not None and cfg.part is not None and not 0 <= cfg.part < cfg.parts:
+        raise ConfigError(
+            f"data.prepare.part={cfg.part} must be from 0 to {cfg.parts - 1} (data.prepare.parts={cfg.parts})."
+        )
 
 
 @dataclass
@@ -206,6 +252,14 @@ class DataConfig(DatasetConfig):
     verify: Verify = Verify.auto
     # Prepare again even if prepared shards exist (command=prepare).
     rebuild: bool = False
+    # How command=prepare shares out its work.
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    # Order of an epoch's windows: shuffled as a whole (full), blocks of neighbours in shuffled order and shuffled
+    # within each (window), or as they lie (none). full reads at random places of all shards, which a shared disk under
+    # a corpus of terabytes does not like; window reads one block after the other.
+    shuffle: Shuffle = Shuffle.full
+    # Windows in a block of shuffle=window; 65536 windows of 2048 tokens are 268 MB of shards (uint16).
+    shuffle_window: int = 65536
     # Other mixtures from a given step on: [{from: 0.8, weights: {NAME: 0.5, ...}}]; only with data/corpus=mixture.
     stages: list[DataStage] | None = None
 
@@ -220,6 +274,8 @@ def check_data(cfg: DataConfig, context: int) -> None:
         raise ConfigError(f"data.workers is {cfg.workers}; it must be 0 or more.")
     if cfg.shard_tokens < cfg.sequence_length + 1:
         raise ConfigError(f"data.shard_tokens={cfg.shard_tokens} is less than one sequence of {cfg.sequence_length}.")
+    if not 1 <= cfg.shuffle_window < 2**40:
+        raise ConfigError(f"data.shuffle_window is {cfg.shuffle_window}; it must be at least 1 (and less than 2^40).")
     if cfg.validation_tokens is not None and cfg.validation_tokens < cfg.sequence_length:
         raise ConfigError(
             f"data.validation_tokens={cfg.validation_tokens} is less than one sequence of {cfg.sequence_length}."

@@ -9,6 +9,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,6 @@ from bitnet_train.data.config import ChatCorpus, CorpusConfig, FilesCorpus, HubC
 from bitnet_train.data.document import (
     LONGEST_DOCUMENT,
     Document,
-    bounded_lines,
     endless,
     find_files,
     held_out,
@@ -27,6 +27,7 @@ from bitnet_train.data.document import (
 from bitnet_train.data.hub import HubSource
 from bitnet_train.data.mixture import KEY, parts
 from bitnet_train.data.parquet import read_texts
+from bitnet_train.data.units import Line, Span, Unit, lines_of, named, spans
 from bitnet_train.errors import ConfigError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -112,21 +113,35 @@ class FilesSource:
 
     def documents(self) -> Iterator[Document]:
         every = self.cfg.validation_every
-        for index, text in enumerate(self._texts(self.files)):
+        for index, text in enumerate(self._texts([Span(path) for path in self.files])):
             yield Document(text, self.validation_files is None and held_out(index, every))
-        for text in self._texts(self.validation_files or []):
+        for text in self._texts([Span(path) for path in self.validation_files or []]):
             yield Document(text, True)
 
-    def _texts(self, files: list[Path]) -> Iterator[str]:
-        for path in files:
+    def units(self, limit: int) -> list[Unit]:
+        """Shares of about ``limit`` bytes (:mod:`bitnet_train.data.units`)."""
+
+        def documents(share: list[Span], validation: bool) -> Iterator[Document]:
+            return (Document(text, validation) for text in self._texts(share))
+
+        every = self.cfg.validation_every if self.validation_files is None else None
+        held = spans(self.validation_files or [], limit)
+        return [
+            *(Unit(named(share), partial(documents, share, False), every) for share in spans(self.files, limit)),
+            *(Unit(named(share), partial(documents, share, True)) for share in held),
+        ]
+
+    def _texts(self, parts: list[Span]) -> Iterator[str]:
+        for span in parts:
+            path = span.path
             if path.suffix == ".parquet":
-                yield from read_texts(path, self.cfg.text_field)
+                yield from read_texts(path, self.cfg.text_field, (span.start, span.stop))
                 continue
             opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
             try:
                 if path.name.removesuffix(".gz").endswith(".jsonl"):
                     with opener(path, "rb") as stream:
-                        yield from self._lines(path, stream)
+                        yield from self._lines(lines_of(span, stream))
                 else:
                     with opener(path, "rt", encoding="utf-8") as stream:
                         limit = LONGEST_DOCUMENT + 1 if path.suffix == ".gz" else -1
@@ -140,25 +155,22 @@ class FilesSource:
             except (OSError, EOFError, zlib.error) as error:
                 raise ConfigError(f"{path} cannot be read: {error}.") from None
 
-    def _lines(self, path: Path, stream: Any) -> Iterator[str]:
-        for number, line in enumerate(bounded_lines(path, stream), start=1):
+    def _lines(self, lines: Iterator[tuple[Line, bytes]]) -> Iterator[str]:
+        for where, line in lines:
             if not line.strip():
                 continue
             try:
                 text = json.loads(line.decode("utf-8"))[self.cfg.text_field]
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{path} line {number} is not UTF-8 text ({error.reason}).") from None
+                raise ConfigError(f"{where} is not UTF-8 text ({error.reason}).") from None
             except (json.JSONDecodeError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
                 raise ConfigError(
-                    f"{path} line {number} is no JSON object with a text field '{self.cfg.text_field}' "
-                    "(data.corpus.text_field)."
+                    f"{where} is no JSON object with a text field '{self.cfg.text_field}' (data.corpus.text_field)."
                 )
             if SURROGATE.search(text):
-                raise ConfigError(
-                    f"{path} line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text."
-                )
+                raise ConfigError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text.")
             if text:
                 yield text
 
@@ -172,7 +184,7 @@ class MixtureSource:
     def __init__(self, cfg: MixtureCorpus) -> None:
         self.sources: dict[str, Corpus] = {}
         for name, part in parts(cfg).items():
-            with _told_apart(name):
+            with told_apart(name):
                 self.sources[name] = open_corpus(part.corpus)
 
     def documents(self) -> Iterator[Document]:
@@ -181,7 +193,7 @@ class MixtureSource:
 
     def documents_of(self, name: str) -> Iterator[Document]:
         """The documents of one corpus."""
-        with _told_apart(name):
+        with told_apart(name):
             yield from self.sources[name].documents()
 
     def identity(self) -> dict[str, str]:
@@ -197,7 +209,7 @@ class MixtureSource:
 
 
 @contextmanager
-def _told_apart(name: str) -> Iterator[None]:
+def told_apart(name: str) -> Iterator[None]:
     """What is wrong with one corpus of a mixture names the key that it stands at."""
     try:
         yield

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bitnet_train.data.config import HubCorpus
 from bitnet_train.data.document import Document, held_out, stamp
+from bitnet_train.data.units import Unit
 from bitnet_train.errors import ConfigError
 
 # Rows that are decoded at a time.
@@ -47,6 +49,33 @@ class HubSource:
             for text in self._texts(cfg.validation_split, None):
                 yield Document(text, True)
 
+    def units(self, limit: int) -> list[Unit]:
+        """Rows of about ``limit`` bytes; of what is streamed its files, or everything with a ``max_documents``
+        (:mod:`bitnet_train.data.units`).
+        """
+        cfg = self.cfg
+        found = self._units_of(cfg.split, False, limit, cfg.max_documents)
+        return found if cfg.validation_split is None else found + self._units_of(cfg.validation_split, True, limit)
+
+    def _units_of(self, split: str, validation: bool, limit: int, most: int | None = None) -> list[Unit]:
+        every = self.cfg.validation_every if self.cfg.validation_split is None else None
+        with _in_one_sentence(self.cfg):
+            rows = self._split(split)
+            if not hasattr(rows, "data"):  # streamed
+                shards = 1 if most is not None else rows.num_shards
+                parts: list[tuple[int, int | None]] = (
+                    [(i, shards) for i in range(shards)] if shards > 1 else [(0, None)]
+                )
+            else:
+                count = len(rows) if most is None else min(most, len(rows))
+                step = max(1, limit * len(rows) // max(1, rows.data.nbytes))
+                parts = [(start, min(count, start + step)) for start in range(0, count, step)]
+
+        def documents(part: tuple[int, int | None]) -> Iterator[Document]:
+            return (Document(text, validation) for text in self._texts(split, most, part))
+
+        return [Unit(f"{split}[{part[0]}:{part[1]}]", partial(documents, part), every) for part in parts]
+
     def identity(self) -> dict[str, str]:
         """Local files' stamps, or the commit of the hub repository, for which it is asked."""
         if self.local is not None:
@@ -61,7 +90,10 @@ class HubSource:
         """What it is compared with shards that were made earlier: a hub repository is not asked again."""
         return self.identity() if self.local is not None else {"commit": recorded.get("commit", "")}
 
-    def _texts(self, split: str, limit: int | None) -> Iterator[str]:
+    def _texts(self, split: str, limit: int | None, part: tuple[int, int | None] = (0, None)) -> Iterator[str]:
+        """Texts of a split, or of a ``part``: of rows from the first number up to the second, of what is streamed the
+        file of the first number among as many as the second.
+        """
         field = self.cfg.text_field
         with _in_one_sentence(self.cfg):
             rows = self._split(split)
@@ -73,6 +105,10 @@ class HubSource:
             if limit is not None:
                 rows = rows.take(limit)
             number = 0
+            if part[1] is not None and hasattr(rows, "data"):
+                rows, number = rows.select(range(part[0], part[1])), part[0]
+            elif part[1] is not None:
+                rows = rows.shard(part[1], part[0])
             for batch in rows.select_columns([field]).iter(batch_size=ROWS):
                 for text in batch[field]:
                     number += 1

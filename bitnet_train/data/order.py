@@ -1,17 +1,77 @@
-"""Which window of which corpus is the n-th sample of a mixture: a pure function of the seed, n and the stages' shares.
+"""Which window is the n-th sample: a pure function of the seed and n, and in a mixture of the stages' shares.
 
-Samples come in blocks of 1,000, in which every corpus has its rounded share, in an order of the block's own. The k-th
-sample of a corpus is the k-th of its own endless epochs (``data.sampler.sample_index``), whatever the shares are and
-were, so that no window comes back before all others of its corpus have been seen.
+:func:`corpus_order` is that of one corpus; the rest is about mixtures. Samples come in blocks of 1,000, in which every
+corpus has its rounded share, in an order of the block's own. The k-th sample of a corpus is the k-th of its own endless
+epochs (:func:`corpus_order`), whatever the shares are and were, so that no window comes back before all others of its
+corpus have been seen.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 
+from bitnet_train.data.config import Shuffle
 from bitnet_train.data.mixture import BLOCK
-from bitnet_train.data.sampler import sample_index, shuffled
+from bitnet_train.data.sampler import random_words, sample_index, shuffled
+
+
+def blockwise_index(n: int, size: int, seed: int, block: int) -> int:
+    """The window that is the n-th sample when blocks of ``block`` neighbours are shuffled, and each inside.
+
+    Every epoch visits all ``size`` windows once. The blocks are cut anew in each: they begin at an offset of the
+    epoch's own, so that windows at a border are not forever apart (the windows before it are a shorter first block, and
+    the last one is shorter too). Constant memory, whatever ``n`` and ``size``.
+    """
+    epoch, position = divmod(n, size)
+    if block >= size:
+        return shuffled(position, size, seed, epoch)
+    own, first, whole, short = _blocks(size, seed, block, epoch)
+    skipped = 0
+    for place, start, length in short:
+        begin = place + skipped
+        if position < begin:
+            break
+        if position < begin + length:
+            return start + shuffled(position - begin, length, _word(own, start), epoch)
+        skipped += length
+    number, offset = divmod(position - skipped, block)
+    chosen = shuffled(number, whole, own, epoch)
+    return first + chosen * block + shuffled(offset, block, _word(own, first + chosen * block), epoch)
+
+
+@lru_cache(maxsize=64)
+def _blocks(size: int, seed: int, block: int, epoch: int) -> tuple[int, int, int, list[tuple[int, int, int]]]:
+    """Of an epoch: its seed, the windows before the first whole block, the number of whole blocks, and both short ones:
+    (whole windows before it in the order, its first window, its length), in the order's order.
+    """
+    own = _word(seed, epoch)
+    first = own % block
+    whole, last = divmod(size - first, block)
+    # Short blocks are put at places of their own among the whole ones, so that a position tells its block at once.
+    places = [(_word(own, 1) % (whole + 1) * block, 0, first), (_word(own, 2) % (whole + 1) * block, size - last, last)]
+    return own, first, whole, sorted(places)
+
+
+def _word(seed: int, number: int) -> int:
+    """A random 64-bit word of (seed, number), a pure function."""
+    return int(random_words(np.array([number]), seed, 1)[0])
+
+
+def in_order(n: int, size: int) -> int:
+    """The window that is the n-th sample without shuffling."""
+    return n % size
+
+
+def corpus_order(size: int, seed: int, shuffle: Shuffle = Shuffle.full, block: int = 1) -> Callable[[int], int]:
+    """Sample number -> one of ``size`` windows, in endless epochs; ``block`` windows are a block of ``window``."""
+    if shuffle is Shuffle.none:
+        return partial(in_order, size=size)
+    if shuffle is Shuffle.window:
+        return partial(blockwise_index, size=size, seed=seed, block=block)
+    return partial(sample_index, size=size, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -38,14 +98,24 @@ class MixtureOrder:
         segments: by ascending start; the first starts at 0.
         seed: of the run.
         origin: what had been drawn when these segments came into force; samples before it belong to another mixture.
+        shuffle, block: the order within each corpus, as in :func:`corpus_order`.
     """
 
-    def __init__(self, sizes: dict[str, int], segments: list[Segment], seed: int, origin: Drawn | None = None) -> None:
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        segments: list[Segment],
+        seed: int,
+        origin: Drawn | None = None,
+        shuffle: Shuffle = Shuffle.full,
+        block: int = 1,
+    ) -> None:
         self.sizes, self.seed, self.segments = list(sizes.values()), seed, segments
         self.origin = origin or Drawn(0, (0,) * len(sizes))
         self._offsets = np.cumsum([0, *self.sizes]).tolist()
         # A corpus's order is its own, also beside one of the same size.
-        self._seeds = [(seed << 32) + zlib.crc32(name.encode()) for name in sizes]
+        seeds = [(seed << 32) + zlib.crc32(name.encode()) for name in sizes]
+        self._orders = [corpus_order(*pair, shuffle, block) for pair in zip(self.sizes, seeds, strict=True)]
         self._block: tuple[object, np.ndarray, np.ndarray] = (None, np.empty(0), np.empty(0))
         live = [s for s, after in zip(segments, [*segments[1:], None], strict=True) if after is None or
                 after.start > self.origin.samples]  # fmt: skip
@@ -61,7 +131,7 @@ class MixtureOrder:
         corpora, ranks = self._block_order(segment, block)
         corpus = int(corpora[place])
         nth = int(self._drawn[number][corpus]) + block * segment.counts[corpus] + int(ranks[place])
-        return self._offsets[corpus] + sample_index(nth, self.sizes[corpus], self._seeds[corpus])
+        return self._offsets[corpus] + self._orders[corpus](nth)
 
     def drawn(self, n: int) -> Drawn:
         """How many of the first ``n`` samples were of each corpus."""

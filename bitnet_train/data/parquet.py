@@ -10,10 +10,11 @@ from bitnet_train.errors import ConfigError
 ROWS = 1024
 
 
-def read_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, only ``columns`` of them. Raises ConfigError for a damaged file or a lacking column.
-
-    A numbered row is the caller's: rows come in the file's order.
+def read_rows(
+    path: Path, columns: list[str], groups: tuple[int, int | None] = (0, None)
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a parquet file in its order, each with its number from 1 on, only ``columns`` of them; of row groups
+    ``groups`` from the first up to the second. Raises ConfigError for a damaged file or a lacking column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -23,19 +24,35 @@ def read_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             lacking = next((column for column in columns if column not in file.schema_arrow.names), None)
             if lacking is not None:
                 raise ConfigError(f"{path} has no column '{lacking}', only {', '.join(file.schema_arrow.names)}")
-            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-                yield from batch.to_pylist()
+            chosen = range(file.num_row_groups)[slice(*groups)]
+            number = sum(file.metadata.row_group(group).num_rows for group in range(groups[0]))
+            for batch in file.iter_batches(batch_size=ROWS, columns=columns, row_groups=list(chosen)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}.") from None
 
 
-def read_texts(path: Path, column: str) -> Iterator[str]:
+def row_group_bytes(path: Path) -> list[int]:
+    """Bytes of each row group before compression. Raises ConfigError for a damaged file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}.") from None
+    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+
+
+def read_texts(path: Path, column: str, groups: tuple[int, int | None] = (0, None)) -> Iterator[str]:
     """The texts in one column of a parquet file; rows without text are left out. Raises ConfigError as above, and for a
     column that holds something else.
     """
     key = "(data.corpus.text_field)"
     try:
-        for number, row in enumerate(read_rows(path, [column]), start=1):
+        for number, row in read_rows(path, [column], groups):
             text = row[column]
             if text is None or text == "":
                 continue

@@ -34,7 +34,7 @@ BATCH_BYTES = 4 << 20
 Progress = Callable[[str, int], None]
 
 
-def _no_progress(stage: str, done: int) -> None:
+def no_progress(stage: str, done: int) -> None:
     del stage, done
 
 
@@ -61,7 +61,7 @@ def shard_folder(cfg: DataConfig, root: Path) -> Path:
     return root / f"{cfg.corpus.name}-{cfg.tokenizer.name}{cfg.tokenizer.vocab_size}-{digest}"
 
 
-def _identity(cfg: DataConfig, corpus: Corpus, recorded: dict[str, str] | None = None) -> dict[str, str]:
+def identity_of(cfg: DataConfig, corpus: Corpus, recorded: dict[str, str] | None = None) -> dict[str, str]:
     """What the shards depend on beside the settings: the text, and a local tokenizer's file.
 
     ``recorded`` is that of shards made earlier, for corpora that are not asked again.
@@ -85,7 +85,7 @@ def prepared(cfg: DataConfig, root: Path) -> Manifest | None:
         return None
     manifest = load_manifest(folder)
     recorded = manifest.source["identity"]
-    if recorded != _identity(cfg, open_corpus(cfg.corpus), recorded):
+    if recorded != identity_of(cfg, open_corpus(cfg.corpus), recorded):
         raise ConfigError(
             f"The text of data.corpus={cfg.corpus.name} (or the tokenizer's file) has changed since {folder} "
             "was prepared: prepare again with command=prepare data.rebuild=true."
@@ -93,7 +93,7 @@ def prepared(cfg: DataConfig, root: Path) -> Manifest | None:
     return manifest
 
 
-def prepare(cfg: DataConfig, root: Path, progress: Progress = _no_progress) -> Manifest:
+def prepare(cfg: DataConfig, root: Path, progress: Progress = no_progress) -> Manifest:
     """Make the token shards of ``cfg`` under ``root`` and return their manifest.
 
     The folder appears whole or not at all: everything is written beside it and renamed at the end, so that an
@@ -127,28 +127,40 @@ def prepare(cfg: DataConfig, root: Path, progress: Progress = _no_progress) -> M
     return manifest
 
 
-def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
-    identity = _identity(cfg, corpus)
+def make_tokenizer(
+    cfg: DataConfig, corpus: Corpus, progress: Progress = no_progress
+) -> tuple[TextTokenizer, ChatEncoder | None]:
+    """The tokenizer of ``cfg``, trained if it is of that kind, and beside conversations what encodes them."""
     tokenizer = build_tokenizer(cfg.tokenizer, _training_texts(corpus, progress))
     if tokenizer.vocab_size > cfg.tokenizer.vocab_size:
         raise ConfigError(
             f"The tokenizer has {tokenizer.vocab_size} ids, more than "
             f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}."
         )
+    chatting = [source for source in sources_of(corpus).values() if isinstance(source, ChatSource)]
+    if not chatting:
+        return tokenizer, None
+    template = chatting[0].template or tokenizer.chat_template
+    if template is None:
+        raise ConfigError(
+            f"The tokenizer {getattr(cfg.tokenizer, 'source', '')} has no chat template: set data.corpus.template."
+        )
+    tokenizer = replace(tokenizer, chat_template=template)
+    return tokenizer, ChatEncoder(tokenizer, template)
+
+
+def sources_of(corpus: Corpus) -> dict[str, Corpus]:
+    """The corpora of a mixture by name; a single one under an empty name."""
+    return corpus.sources if isinstance(corpus, MixtureSource) else {"": corpus}
+
+
+def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
+    identity = identity_of(cfg, corpus)
+    tokenizer, chat = make_tokenizer(cfg, corpus, progress)
     if isinstance(corpus, MixtureSource):
-        sources = corpus.sources
-        streams = {f"/{name}": corpus.documents_of(name) for name in sources}
+        streams = {f"/{name}": corpus.documents_of(name) for name in corpus.sources}
     else:
-        sources, streams = {"": corpus}, {"": corpus.documents()}
-    chat = None
-    if chatting := [source for source in sources.values() if isinstance(source, ChatSource)]:
-        template = chatting[0].template or tokenizer.chat_template
-        if template is None:
-            raise ConfigError(
-                f"The tokenizer {getattr(cfg.tokenizer, 'source', '')} has no chat template: set data.corpus.template."
-            )
-        tokenizer = replace(tokenizer, chat_template=template)
-        chat = ChatEncoder(tokenizer, template)
+        streams = {"": corpus.documents()}
     tokenizer.save(folder)
     splits: dict[str, dict[str, Any]] = {}
     done = 0
@@ -157,13 +169,20 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
             split: ShardWriter(folder, f"{split}{suffix}", tokenizer.vocab_size, cfg.shard_tokens)
             for split in ("train", "val")
         }
-        for documents in _batches(stream):
-            for document, (ids, mask) in zip(documents, _encoded(documents, tokenizer, chat), strict=True):
+        for documents in in_batches(stream):
+            for document, (ids, mask) in zip(documents, encoded(documents, tokenizer, chat), strict=True):
                 size = len(document.text.encode())
                 writers["val" if document.validation else "train"].add(ids, size, mask)
                 done += size
             progress("tokenising", done)
         splits |= {f"{split}{suffix}": writer.finish() for split, writer in writers.items()}
+    return write_manifest(cfg, corpus, folder, identity, splits)
+
+
+def write_manifest(
+    cfg: DataConfig, corpus: Corpus, folder: Path, identity: dict[str, str], splits: dict[str, dict[str, Any]]
+) -> Manifest:
+    """The manifest of a folder with the tokenizer and the shards of every split of every corpus."""
     if isinstance(corpus, MixtureSource):
         both = {split: joined([splits[f"{split}/{name}"] for name in corpus.sources]) for split in ("train", "val")}
         splits = both | splits
@@ -182,7 +201,7 @@ def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) ->
     return manifest
 
 
-def _encoded(
+def encoded(
     documents: list[Document], tokenizer: TextTokenizer, chat: ChatEncoder | None
 ) -> Iterator[tuple[list[int], list[int] | None]]:
     """Ids of each document, the bos id first, and beside conversations a mask; of plain text everything is learnt."""
@@ -205,7 +224,7 @@ def _training_texts(corpus: Corpus, progress: Progress) -> Iterator[str]:
             progress("training the tokenizer", done)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def in_batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -55,6 +55,9 @@ class ExportConfig:
     packing: Packing = Packing.base3
     # Licence in the model card, as the Hugging Face hub names it (apache-2.0, mit, ...); null leaves it out.
     license: str | None = None
+    # Where finished and verified exports are copied to, as TO/<run>/<format>: any URL of fsspec's, such as
+    # s3://bucket/exports; null for nowhere.
+    to: str | None = None
     # Held-out tokens that verification measures perplexity on.
     verify_tokens: int = 16384
 

@@ -28,6 +28,7 @@ from bitnet_train.nn.layout import learned_scales, parameter_table, quantised_la
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.quant.spec import QuantSpec, build_spec
 from bitnet_train.quant.weights import Codes, masters_from_codes
+from bitnet_train.storage import local_copy
 
 # How a decoder runs, not what its weights are.
 FREE_FIELDS = {"context", "residual_dtype"}
@@ -53,7 +54,7 @@ def read_initial(source: str, cfg: DecoderConfig, spec: QuantSpec) -> InitialWei
     Packed codes become master weights that ternarise to these codes and scales. Raises ConfigError when the source is
     missing, damaged, or of another shape than ``cfg``.
     """
-    name, _, step = source.partition("@")
+    name, _, step = local_copy(source, "init.from").partition("@")
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if not looks_like_hub_name(source):

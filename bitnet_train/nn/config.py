@@ -12,6 +12,8 @@ from omegaconf import II, MISSING
 
 from bitnet_train.errors import ConfigError
 
+MOST_LAYERS = 10_000
+
 
 class Norms(Enum):
     """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, ``pre`` before
@@ -99,11 +101,18 @@ def shape_fields() -> list[Field[Any]]:
     return [f for f in fields(DecoderConfig) if f.name != "name"]
 
 
+def check_layers(layers: int) -> None:
+    """Raises ConfigError for a number of layers that only a slip of the hand can mean; patterns go through them all."""
+    if layers > MOST_LAYERS:
+        raise ConfigError(f"model.layers is {layers}; it must be at most {MOST_LAYERS:,}.")
+
+
 def check_decoder(cfg: DecoderConfig) -> None:
     """Raises ConfigError when the numbers of ``cfg`` do not make a decoder."""
     for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "context", "vocab"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"model.{name} is {getattr(cfg, name)}; it must be at least 1.")
+    check_layers(cfg.layers)
     if cfg.head_width is not None and cfg.head_width < 1:
         raise ConfigError(f"model.head_width is {cfg.head_width}; it must be at least 1, or null for hidden / heads.")
     if cfg.head_width is None and cfg.hidden % cfg.heads:

@@ -101,6 +101,9 @@ class CheckpointConfig:
     every_minutes: float | None = 15.0
     # How many step-*.ckpt files stay.
     keep: int = 2
+    # Where finished checkpoints are copied to while training goes on, as MIRROR/<run_name>: any URL of fsspec's, such
+    # as s3://bucket/runs; null for nowhere. A run whose own folder is empty goes on from there.
+    mirror: str | None = None
 
 
 @dataclass

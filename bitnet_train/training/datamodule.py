@@ -1,6 +1,7 @@
 """The Lightning data module: shards to batches, and the count of samples consumed."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from bitnet_train.data.config import DataConfig
 from bitnet_train.data.mixture import Stage, shares_text
-from bitnet_train.data.order import Drawn, MixtureOrder, Segment
-from bitnet_train.data.sampler import ConsumedBatchSampler, sample_index
+from bitnet_train.data.order import Drawn, MixtureOrder, Segment, corpus_order
+from bitnet_train.data.sampler import ConsumedBatchSampler
 from bitnet_train.data.shards import Manifest, TokenArray
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.data.windows import Windows
@@ -98,8 +99,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def place_of(self, sample: int) -> dict[str, Any]:
         """The corpus (of a mixture), shard and offset of a training sample, and how its text begins."""
-        order, size = self.order(), len(self.train_windows)
-        window = sample_index(sample, size, self.seed) if order is None else order(sample)
+        window = self.window_of_sample()(sample)
         corpus, windows = "", next(iter(self.sources.values()))
         for corpus, windows in self.sources.items():  # noqa: B007
             if window < len(windows):
@@ -139,7 +139,12 @@ class ShardDataModule(L.LightningDataModule):
             origin = Drawn(samples, tuple(drawn))
             if saved != segments:
                 origin = MixtureOrder(sizes, saved, self.seed, origin).drawn(self.consumed)
-        return MixtureOrder(sizes, segments, self.seed, origin)
+        return MixtureOrder(sizes, segments, self.seed, origin, self.cfg.shuffle, self.cfg.shuffle_window)
+
+    def window_of_sample(self) -> Callable[[int], int]:
+        """Sample number -> index of its window."""
+        size = len(self.train_windows)
+        return self.order() or corpus_order(size, self.seed, self.cfg.shuffle, self.cfg.shuffle_window)
 
     def epochs(self, max_steps: int) -> str:
         """How often the text is seen by step ``max_steps``, in words."""
@@ -164,7 +169,7 @@ class ShardDataModule(L.LightningDataModule):
             rank=group.rank(),
             world=group.world(),
             early=early,
-            order=self.order(),
+            order=self.window_of_sample(),
         )
         return DataLoader(
             self.train_windows,

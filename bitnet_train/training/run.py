@@ -22,6 +22,7 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.checkpoint import save_untrained
 from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
+from bitnet_train.training.callbacks.mirror import mirrors
 from bitnet_train.training.callbacks.progress import TrainingProgress
 from bitnet_train.training.callbacks.quantisation import Quantisation
 from bitnet_train.training.callbacks.samples import Samples, cut_samples
@@ -221,6 +222,7 @@ def _train_from(
         TrainingProgress(console, metrics, validation),
         guard,  # before the checkpoint, which is not saved when the run goes back
         checkpoints,
+        *mirrors(cfg.checkpoint.mirror, run_name, checkpoints, folder, cfg.checkpoint.keep, console),
         # Behind the checkpoint: what other people's tasks may raise costs no step.
         Tasks(clock, tokenizer, folder.evaluations_file),
         stop,

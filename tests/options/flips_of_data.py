@@ -17,6 +17,8 @@ MIXTURE = ("data=mixture", f"data.corpus.corpora={TWO.format(a=1, b=3)}")
 PRETRAINED = (*FILES, "data/tokenizer=pretrained", "data.tokenizer.vocab_size=321",
               "data.tokenizer.source=@words.json@",
               "data.tokenizer.bos='<|endoftext|>'", "data.tokenizer.eos='<|endoftext|>'")  # fmt: skip
+PARTS = (*FILES, "command=prepare", "paths.data=@new@/d", "data.prepare.part=0", "data.prepare.parts=2",
+         "data.prepare.wait_minutes=0")  # fmt: skip
 DIGITS = ("+recipe=digits_mlp", "data.batch_size=64")
 IMAGES = ("+recipe=digits_mlp", "data=images", "data/source=image_hub",
           "data.source.path=@images@", "data.image_size=6", "data.classes=4",
@@ -48,9 +50,14 @@ FLIPS: dict[str, Flip] = {
            under="data=text.tokenizer=pretrained.", see="prepared"),
     **each({"revision": "v2"}, *PRETRAINED, "data.tokenizer.source=owner/name",
            under="data=text.tokenizer=pretrained.", see="tokenizer_call"),
-    **each({"sequence_length": "16", "attend_within_documents": "true", "validation_tokens": "64"}, under="data=text."),
+    **each({"sequence_length": "16", "attend_within_documents": "true", "validation_tokens": "64", "shuffle": "none"},
+           under="data=text."),
+    **each({"shuffle_window": "5"}, "data.shuffle=window", under="data=text."),
     **each({"workers": "1"}, under="data=text.", see="loaders"),
     **each({"shard_tokens": "4096", "rebuild": "true"}, *FILES, under="data=text.", see="prepared"),
+    **each({"processes": "2"}, *FILES, "paths.data=@new@/d", under="data=text.prepare.", see="shared_out"),
+    **each({"part": "1", "parts": "3", "unit_mb": "0.001"}, *PARTS, under="data=text.prepare.", see="shared_out"),
+    **each({"wait_minutes": "1e-9"}, *PARTS, "data.prepare.part=1", under="data=text.prepare.", see="shared_out"),
     **each({"verify": "quick"}, under="data=text.", see="checked"),
     **items({"from": "[{from: 3, weights: {a: 1}}]", "weights": "[{from: 2, weights: {b: 1}}]"},
             "[{from: 2, weights: {a: 1}}]", *MIXTURE, under="data=text.stages"),

@@ -65,6 +65,7 @@ FLIPS: dict[str, Flip] = {
             under="trainer.batch_warmup"),
     **each({"every_steps": "2", "every_minutes": "1e-9"}, "checkpoint.every_steps=null", "checkpoint.keep=4",
            under="checkpoint."),
+    "checkpoint.mirror": Flip("checkpoint.mirror=memory://flip", ("checkpoint.every_steps=2",), see="mirrored"),
     "checkpoint.keep": Flip("checkpoint.keep=1", ("checkpoint.every_steps=1",)),
     **each({"every_steps": "1", "prompts": "[x]", "max_new_tokens": "3", "temperature": "0"}, "samples.every_steps=2",
            under="samples."),

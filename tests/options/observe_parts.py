@@ -12,7 +12,7 @@ import datasets
 import pytest
 from tokenizers import Tokenizer
 
-from bitnet_train.commands import benchmark, prepare
+from bitnet_train.commands import benchmark, prepare, train
 from bitnet_train.data.corpus import open_corpus
 from bitnet_train.data.hub import HubSource
 from bitnet_train.data.images.sources import load_images
@@ -45,6 +45,24 @@ def prepared(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyP
     manifest = json.loads((folder / "manifest.json").read_text())
     splits = {name: (entry["documents"], entry["tokens"]) for name, entry in manifest["splits"].items()}
     return _digests(folder), splits, again
+
+
+def shared_out(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How the work of preparing was shared out: what is said, and the pieces that are there when it ends."""
+    del monkeypatch
+    cfg = configure(place, changes)
+    ended, output = run_quietly(prepare.run, cfg)
+    pieces = sorted(path.name for path in Path(cfg.paths.data).glob("*.parts/*.json"))
+    return ended, re.sub(r"\S*/results/\d+/", "", output), pieces
+
+
+def mirrored(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The checkpoints that a run leaves on another file system."""
+    import fsspec
+
+    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
+    run_quietly(train.run, configure(place, changes))
+    return sorted(fsspec.filesystem("memory").find("flip"))
 
 
 def buffers(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:

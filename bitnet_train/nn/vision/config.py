@@ -13,6 +13,7 @@ from bitnet_train.nn.config import (
     NormalInit,
     Norms,
     check_init,
+    check_layers,
     initial_source,
 )
 
@@ -112,6 +113,7 @@ def check_classifier(cfg: ClassifierConfig) -> None:
     for name in names:
         if getattr(cfg, name, 1) < 1:
             raise ConfigError(f"model.{name} is {getattr(cfg, name)}; it must be at least 1.")
+    check_layers(cfg.layers)
     if cfg.classes < 2:
         raise ConfigError("model.classes is 1; there is nothing to tell apart with fewer than 2.")
     if cfg.norm_eps <= 0:

@@ -14,6 +14,7 @@ from bitnet_train.planning.flops import device_peak, training_flops_per_image
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.metrics import TrainingMetrics
+from bitnet_train.training.callbacks.mirror import mirrors
 from bitnet_train.training.callbacks.progress import TrainingProgress
 from bitnet_train.training.callbacks.quantisation import Quantisation
 from bitnet_train.training.callbacks.step import TrainingClock
@@ -116,6 +117,7 @@ def _train_from(
         TrainingProgress(console, metrics, validation),
         guard,  # before the checkpoint, which is not saved when the run goes back
         checkpoints,
+        *mirrors(cfg.checkpoint.mirror, run_name, checkpoints, folder, cfg.checkpoint.keep, console),
         stop,
         quantisation,
         Watchdog(folder.path, cfg.trainer.hang_timeout),
