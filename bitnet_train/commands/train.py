@@ -1,6 +1,7 @@
 """``command=train``: prepare the data if need be, claim the run folder, train or continue, say what came of it."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,13 @@ def _on_text(
 ) -> Any:
     """Train a language model; the outcome."""
     assert cfg.run_name is not None
+    initial = cache(lambda: _initial_weights(cfg))
 
     def prepare_run() -> Any:
         # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
         _check_teacher(cfg)
-        initial = _initial_weights(cfg) if own is None and fork is None else None
+        if own is None and fork is None:
+            initial()
         if not ranks.first:
             cfg.text.rebuild = False
         shards, manifest = ensure_prepared(cfg, console)
@@ -154,17 +157,17 @@ def _on_text(
             raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
         if first == 0 and start is not None and cfg.trainer.max_steps > 0:
             start = None  # a run that has only saved its initial weights makes them again
-            initial = _initial_weights(cfg)
+            initial()
         _say_moved(cfg, folder, first, console)
         with interrupts_wait():
             folder.save_config(to_yaml(cfg))
-        return shards, manifest, start, first, initial
+        return shards, manifest, start, first
 
-    shards, manifest, start, first, initial = _in_turn(ranks, prepare_run)
+    shards, manifest, start, first = _in_turn(ranks, prepare_run)
 
     from bitnet_train.training.run import train
 
-    return train(cfg, folder, cfg.run_name, shards, manifest, start, first, initial, console)
+    return train(cfg, folder, cfg.run_name, shards, manifest, start, first, fork, initial, console)
 
 
 def _on_images(
@@ -189,7 +192,7 @@ def _on_images(
 
     from bitnet_train.training.vision.run import train_classifier
 
-    return train_classifier(cfg, folder, cfg.run_name, splits, start, first, console)
+    return train_classifier(cfg, folder, cfg.run_name, splits, start, first, fork, console)
 
 
 def _say_moved(cfg: Config, folder: RunFolder, first: int, console: Console) -> None:

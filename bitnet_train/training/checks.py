@@ -24,6 +24,11 @@ def check_training(cfg: RunConfig) -> None:
     check_telemetry(cfg.telemetry)
     check_loss(cfg.loss, cfg.model)
     check_guard(cfg.guard)
+    if cfg.guard.rollback_after is not None and cfg.checkpoint.every_steps is None:
+        raise ConfigError(
+            "guard.rollback_after goes back to checkpoints that the step decides, not the clock: set "
+            "checkpoint.every_steps."
+        )
     if cfg.trainer.max_steps == 0:
         return  # no step, no schedule
     check_schedule(cfg.schedule, cfg.trainer.max_steps)

@@ -23,7 +23,7 @@ from bitnet_train.nn.audit import audit
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.vision.base import Classifier
 from bitnet_train.training.batch_warmup import BatchPlan
-from bitnet_train.training.callbacks.checkpoint import Checkpoints
+from bitnet_train.training.callbacks.checkpoint import Checkpoints, step_path
 from bitnet_train.training.callbacks.guard import GuardWatch
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.config import RunConfig
@@ -54,18 +54,24 @@ class TrainingOutcome:
 
 
 def until_it_need_not_go_back(
-    attempt: Callable[[Path | None, int], TrainingOutcome], folder: RunFolder, start: Path | None, first: int
+    attempt: Callable[[Path | None, int], TrainingOutcome],
+    folder: RunFolder,
+    start: Path | None,
+    first: int,
+    fork: Path | None,
 ) -> TrainingOutcome:
-    """``attempt(start, first)``, and again from the last checkpoint as often as the guard wants the run to go back.
+    """``attempt(start, first)``, and again from a good checkpoint as often as the guard wants the run to go back.
 
-    Each attempt makes everything anew from its checkpoint (of step ``first``; None: from the initial weights).
+    Each attempt makes everything anew from its checkpoint (of step ``first``; None: from the initial weights), which is
+    the run's own or ``fork``, the one of another run that it began with.
     """
     while True:
         outcome = attempt(start, first)
         if outcome.back_to is None:
             return outcome
-        if outcome.back_to != first:
-            start, first = group.from_first(lambda: folder.last_checkpoint), outcome.back_to
+        first = outcome.back_to
+        own = step_path(folder.checkpoints, first)
+        start = None if first == 0 else own if own.exists() else fork
         gc.collect()  # before the next model is made: Lightning's objects refer to each other
         torch.compiler.reset()
         if torch.cuda.is_available():
@@ -81,10 +87,9 @@ class CountsSamples(Protocol):
 
 @dataclass(frozen=True)
 class Ending:
-    """Where training stopped: the last step, the step it started from, and the callbacks that decide what follows."""
+    """Where training stopped: the last step, and the callbacks that decide what follows."""
 
     step: int
-    first: int
     checkpoints: Checkpoints
     stop: StopOnSignal
     guard: GuardWatch
@@ -105,7 +110,7 @@ def conclude(
     wants one more.
     """
     step, checkpoints = ending.step, ending.checkpoints
-    good = checkpoints.saved_step if checkpoints.saved_step >= 0 else ending.first
+    good = checkpoints.good_step
     if ending.guard.reason is None or ending.stop.exit_code:
         return TrainingOutcome(step, result, ending.stop.exit_code, checkpoints.saved_step == step)
     consumed = data.samples_before(step)

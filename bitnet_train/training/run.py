@@ -1,5 +1,6 @@
 """A training run from configuration to finished folder: build, continue or start, fit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,15 +102,17 @@ def train(
     manifest: Manifest,
     start: Path | None,
     first: int,
-    initial: InitialWeights | None,
+    fork: Path | None,
+    initial: Callable[[], InitialWeights | None],
     console: Console,
 ) -> TrainingOutcome:
     """Train ``cfg`` in ``folder`` on prepared ``shards``, from checkpoint ``start`` (of step ``first``, by
-    :func:`check_start`), from the weights of ``init.from``, or from new ones.
+    :func:`check_start`), from the weights of ``init.from``, or from new ones. ``fork`` is the checkpoint of another run
+    that this one began with, if any.
 
     Steps already done are not done again: metrics and samples past the checkpoint are cut, and the run goes on
-    bit for bit as if it had never stopped. Where the guard has the run go back to its last checkpoint, everything is
-    made again from that, as in a new process. Raises ConfigError for input that does not fit and DivergedError when the
+    bit for bit as if it had never stopped. Where the guard has the run go back to a checkpoint, everything is made
+    again from that, as in a new process. Raises ConfigError for input that does not fit and DivergedError when the
     loss stops being a number or the run has gone back too often.
     """
     return until_it_need_not_go_back(
@@ -117,6 +120,7 @@ def train(
         folder,
         start,
         first,
+        fork,
     )
 
 
@@ -128,7 +132,7 @@ def _train_from(
     manifest: Manifest,
     start: Path | None,
     first: int,
-    initial: InitialWeights | None,
+    initial_weights: Callable[[], InitialWeights | None],
     console: Console,
 ) -> TrainingOutcome:
     """Train until the end, a signal, or a return to the last checkpoint, which is in divergence.jsonl by then."""
@@ -143,6 +147,7 @@ def _train_from(
     choices = choose(cfg)
     kernels = choose_backend(choices.device, cfg.kernels.backend)
     decoder = build_decoder(cfg.decoder, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
+    initial = initial_weights() if start is None else None
     if initial is not None:
         check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, load_tokenizer(shards))
         console.print(f"init: {initial.description}", markup=False)
@@ -211,7 +216,9 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_token(cfg.decoder, cfg.text.sequence_length), peak)
     validation = Validation(clock, data, tokenizer.byte_lengths())
-    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints)
+    checkpoints = build_checkpoints(
+        cfg, clock, folder.checkpoints, forked=start is not None and start.parent != folder.checkpoints
+    )
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
@@ -240,5 +247,5 @@ def _train_from(
         learning = decoder.training
         step = trainer.global_step + learning
         raise ConfigError(training_advice(plan, cfg.text.sequence_length, step, saved, learning)) from None
-    ending = Ending(trainer.global_step, first, checkpoints, stop, guard)
+    ending = Ending(trainer.global_step, checkpoints, stop, guard)
     return conclude(ending, validation.result, data, rollbacks, cfg.guard.max_rollbacks, folder, console)

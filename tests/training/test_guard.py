@@ -16,7 +16,7 @@ import torch
 
 from bitnet_train.commands import run as command
 from bitnet_train.config import Config, with_overrides
-from bitnet_train.errors import DivergedError
+from bitnet_train.errors import ConfigError, DivergedError
 from bitnet_train.quant.weights import quantise_weight
 from bitnet_train.training.module import PretrainingModule
 from tests.composing import compose_config
@@ -201,7 +201,10 @@ def test_a_run_goes_back_and_on_behind_the_bad_samples(runs: Runs, capsys: pytes
     assert runs("a", *ROLLBACK) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "guard: skipped step 9 (not finite" in out
-    assert "back from step 10 to step 6 (runs/a/checkpoints/last.ckpt), and on behind sample 80 (32 left out)" in out
+    assert (
+        "back from step 10 to step 6 (runs/a/checkpoints/step-00000006.ckpt), and on behind sample 80 (32 left out)"
+        in out
+    )
     assert "return 1 of 3" in out
     # Steps 7 to 10 are taken back; step 7 is made again from the samples behind those of step 10.
     assert runs.consumed == [PER_STEP * i for i in (*range(10), *range(10, 18))]
@@ -300,7 +303,7 @@ def test_a_kill_right_after_going_back_is_no_different(runs: Runs) -> None:
 def test_a_fork_starts_its_guard_anew_and_goes_back_to_where_it_forked(runs: Runs) -> None:
     assert runs("a", steps=6) == 0
     runs.bad = at_steps(7, 8)
-    assert runs("b", *ROLLBACK, "checkpoint.every_steps=null", steps=12, fork="runs/a@6") == 0
+    assert runs("b", *ROLLBACK, "checkpoint.every_steps=20", steps=12, fork="runs/a@6") == 0
     assert [(e["step"], e["back_to"], e["consumed"]) for e in runs.events("b")] == [(9, 6, 72)]
     assert runs.consumed == [PER_STEP * i for i in (6, 7, 8, *range(9, 15))]
     # From a run with a guard to one without.
@@ -308,21 +311,78 @@ def test_a_fork_starts_its_guard_anew_and_goes_back_to_where_it_forked(runs: Run
     assert not any(name.startswith("guard.") for name in runs.saved("c")["state_dict"])
 
 
-def test_a_signal_at_a_skipped_step_saves_nothing_and_loses_nothing(
-    runs: Runs, capsys: pytest.CaptureFixture[str]
+def stop_at(step: int, bad: Callable[[int], float]) -> Callable[[int], float]:
+    """``bad``, and a SIGTERM when the samples of ``step`` are consumed for the first time."""
+    sent = []
+
+    def with_signal(sample: int) -> float:
+        if sample == (step - 1) * PER_STEP and not sent:
+            sent.append(sample)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return bad(sample)
+
+    return with_signal
+
+
+@pytest.mark.parametrize("stop", [5, 7, 8, 9, 10])
+@pytest.mark.parametrize("guard", [ROLLBACK, ROLLBACK[:1]], ids=["goes back", "does not"])
+def test_a_run_that_was_told_to_stop_is_that_of_an_undisturbed_one(
+    runs: Runs, stop: int, guard: tuple[str, ...]
 ) -> None:
-    runs.bad = at_steps(8)
-    assert runs("whole", *ROLLBACK) == 0
+    runs.bad = at_steps(8, 9)
+    assert runs("whole", *guard, "checkpoint.keep=1") == 0
+    assert len(runs.events("whole")) == len(guard) - 1
+    runs.bad = stop_at(stop, at_steps(8, 9))
+    assert runs("stopped", *guard, "checkpoint.keep=1") == 143
+    # Also at a skipped step; but not when the guard takes it back.
+    taken_back = len(guard) > 1 and stop == 10
+    assert runs.saved("stopped")["global_step"] == (6 if taken_back else stop)
+    assert runs("stopped", *guard, "checkpoint.keep=1") == 0
+    assert runs.rows("stopped") == runs.rows("whole")
+    assert runs.events("stopped") == runs.events("whole")
+    assert all(same(runs.saved("stopped")[part], runs.saved("whole")[part]) for part in STATE)
+
+
+def test_a_stopped_fork_goes_back_to_where_it_forked(runs: Runs) -> None:
+    assert runs("a", steps=6) == 0
+    runs.bad = at_steps(8, 9)
+    fork, settings = "runs/a@6", (*ROLLBACK, "checkpoint.every_steps=5")
+    assert runs("whole", *settings, steps=12, fork=fork) == 0
+    assert [(e["step"], e["back_to"]) for e in runs.events("whole")] == [(10, 6)]
+    runs.bad = stop_at(8, at_steps(8, 9))
+    assert runs("stopped", *settings, steps=12, fork=fork) == 143
+    assert runs.saved("stopped")["global_step"] == 8
+    assert runs("stopped", *settings, steps=12, fork=fork) == 0
+    assert runs.rows("stopped") == runs.rows("whole")
+    assert runs.events("stopped") == runs.events("whole")
+
+
+def test_a_stopped_run_goes_back_to_its_initial_weights(runs: Runs) -> None:
+    runs.bad = at_steps(2, 3)
+    assert runs("whole", *ROLLBACK, steps=6) == 0
+    runs.bad = stop_at(2, at_steps(2, 3))
+    assert runs("stopped", *ROLLBACK, steps=6) == 143
+    assert runs("stopped", *ROLLBACK, steps=6) == 0
+    assert [event["back_to"] for event in runs.events("stopped")] == [0]
+    assert runs.rows("stopped") == runs.rows("whole")
+
+
+def test_what_was_saved_past_the_good_step_is_gone_when_the_run_goes_back(runs: Runs) -> None:
+    runs.bad = stop_at(8, at_steps(8, 9))
+    assert runs("a", *ROLLBACK) == 143
 
     def bad(sample: int) -> float:
-        if sample == 7 * PER_STEP:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return at_steps(8)(sample)
+        if sample == 10 * PER_STEP:
+            raise Killed  # the first step after the return
+        return at_steps(8, 9)(sample)
 
     runs.bad = bad
-    assert runs("stopped", *ROLLBACK) == 143
-    assert "stopped at step 8, which is not worth saving" in " ".join(capsys.readouterr().out.split())
-    assert runs.saved("stopped")["global_step"] == 6
-    runs.bad = at_steps(8)
-    assert runs("stopped", *ROLLBACK) == 0
-    assert runs.rows("stopped") == runs.rows("whole")
+    with pytest.raises(Killed):
+        runs("a", *ROLLBACK)
+    assert runs.saved("a")["global_step"] == 6
+    assert not Path("runs/a/checkpoints/step-00000008.ckpt").exists()
+
+
+def test_going_back_needs_checkpoints_that_the_step_decides() -> None:
+    with pytest.raises(ConfigError, match="goes back to checkpoints that the step decides, not the clock"):
+        compose_config("+recipe=tiny", *ROLLBACK, "checkpoint.every_steps=null")

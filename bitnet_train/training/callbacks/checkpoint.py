@@ -14,10 +14,11 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from bitnet_train.durable import reason, replace_durably
+from bitnet_train.durable import reason, replace_durably, sync_folder
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.guard.rule import Guard
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import LAST
 
@@ -30,14 +31,17 @@ class Checkpoints(StepCallback):
 
     A file is written under another name, synced and renamed, and so is the folder; the archive that ``torch.save``
     writes holds a checksum of each of its records, which whoever reads it compares. Metrics of the steps before are on
-    disk by then. A state whose loss or gradient norm is not finite is not saved, and none while the guard skips steps,
-    which a rollback would come back to: the first step that is applied is saved in its place (or the last of the run).
+    disk by then. A state whose loss or gradient norm is not finite is not saved.
+
+    A run with a guard goes back to checkpoints of ``checkpoint.every_steps`` alone, the last of which is kept beside
+    the newest. Such a one is not saved while the guard skips steps: the first step that is applied is saved in its
+    place. ``forked``: the run begins with a checkpoint of another, which is its first good state.
     """
 
-    def __init__(self, clock: TrainingClock, folder: Path) -> None:
-        self.clock, self.folder = clock, folder
+    def __init__(self, clock: TrainingClock, folder: Path, forked: bool = False) -> None:
+        self.clock, self.folder, self.forked = clock, folder, forked
         self.saved_step = -1
-        self._owed = False
+        self.good_step = 0
         self._said_gone = False
         self._saved_at = time.monotonic()
 
@@ -47,7 +51,16 @@ class Checkpoints(StepCallback):
         for partial in self.folder.glob("*.partial"):
             remove(partial)
         trainer.strategy.checkpoint_io = WholeFile()
+        self.remember_good(trainer, pl_module)
         self._saved_at = time.monotonic()
+
+    def remember_good(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Read once what the guard's state says, so that no step waits for the device."""
+        guard = module.guard
+        if isinstance(guard, Guard):
+            if self.forked:
+                guard.good_step.fill_(trainer.global_step)
+            self.good_step = int(guard.good_step)
 
     def begin(self, trainer: L.Trainer) -> None:
         """What every process does at the start, also one that writes nothing."""
@@ -58,25 +71,33 @@ class Checkpoints(StepCallback):
         self.saved_step, self._saved_at = step, time.monotonic()
 
     def on_step_end(self, trainer: L.Trainer, module: TrainingModule, step: int) -> None:
-        cfg = module.cfg.checkpoint
+        cfg, guard = module.cfg.checkpoint, module.guard
         overdue = self.overdue(cfg.every_minutes)
         last = step == module.cfg.trainer.max_steps
-        if overdue or due(step, cfg.every_steps, module.cfg.trainer.max_steps) or last or self._owed:
-            self._owed = not self.save(trainer, module, step, last) and module.guard is not None
+        scheduled = due(step, cfg.every_steps, last=0)
+        if guard is not None and cfg.every_steps is not None:
+            # Also when it was due before and steps have been skipped since.
+            if step - step % cfg.every_steps > self.good_step and not guard.skipped_last() and worth_keeping(module):
+                self.good_step = step
+                guard.good_step.fill_(step)
+                scheduled = True
+            else:
+                scheduled = False
+        if overdue or scheduled or last:
+            self.save(trainer, module, step)
 
     def overdue(self, minutes: float | None) -> bool:
         """Whether the last save was so many minutes ago; None: never."""
         return minutes is not None and time.monotonic() - self._saved_at >= minutes * 60
 
-    def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
-        """Save the state after ``step``, the ``last`` of the run or not, unless that is done already; False when the
-        state is not worth keeping.
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int) -> bool:
+        """Save the state after ``step`` unless that is done already; False when the state is not worth keeping.
 
         Raises ConfigError, with all that was saved before in its place, when the disk does not take it.
         """
         if step == self.saved_step:
             return True
-        if not worth_keeping(module, last):
+        if not worth_keeping(module):
             return False
         path = self.folder / f"step-{step:08d}.ckpt"
         partial = path.with_suffix(".partial")
@@ -88,7 +109,7 @@ class Checkpoints(StepCallback):
                 trainer.save_checkpoint(partial)
                 replace_durably(partial, path)
                 point_last_to(path)
-                prune(self.folder, path, module.cfg.checkpoint.keep)
+                prune(self.folder, path, module.cfg.checkpoint.keep, self.good_step)
             except OSError as error:
                 with contextlib.suppress(OSError):
                     partial.unlink()
@@ -159,15 +180,35 @@ class _Remembering(io.FileIO):
         return done
 
 
-def prune(folder: Path, newest: Path, keep: int) -> None:
-    """Leave ``newest``, which was just written, and the ``keep`` - 1 before it.
+def prune(folder: Path, newest: Path, keep: int, good_step: int = 0) -> None:
+    """Leave ``newest``, which was just written, the ``keep`` - 1 before it, and that of ``good_step``.
 
     What lies there of later steps, broken files or those of a branch that was left, goes first.
     """
+    good = step_path(folder, good_step)
     there = sorted(folder.glob("step-*.ckpt"))
     for old in [*(p for p in there if p > newest), *(p for p in there if p <= newest)][: max(0, len(there) - keep)]:
-        if old != newest:
+        if old not in (newest, good):
             remove(old)
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def forget_later(folder: Path, step: int) -> None:
+    """Remove what was saved after ``step``, which the run goes back to, so that last.ckpt is that one."""
+    good = step_path(folder, step)
+    if good.is_dir():
+        point_last_to_folder(good)
+    elif good.exists():
+        point_last_to(good)
+    else:
+        remove(folder / LAST)
+    for later in folder.glob("step-*.ckpt"):
+        if later > good:
+            remove(later)
 
 
 def remove(path: Path) -> None:
@@ -201,13 +242,22 @@ def point_last_to(path: Path) -> None:
     replace_durably(partial, last)
 
 
-def worth_keeping(module: TrainingModule, last: bool) -> bool:
-    """Whether the state after the ``last`` step, or one before, may be gone back to."""
+def point_last_to_folder(path: Path) -> None:
+    """Make last.ckpt beside ``path`` a link to it, in one atomic rename."""
+    last, partial = path.with_name(LAST), path.with_name("last.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(path.name)
+    partial.replace(last)
+    sync_folder(last.parent)
+
+
+def worth_keeping(module: TrainingModule) -> bool:
+    """Whether the run may go on from the state after the step at hand."""
     guard = module.guard
-    if guard is not None and guard.skipped_last():
-        # The weights are those of the last step that was applied; at the end nothing can come back to them.
-        return last and not guard.going_back
-    return _finite(module) and not (guard is not None and guard.going_back)
+    if guard is not None and guard.going_back:
+        return False
+    # Of a skipped step, the weights are those of the last step that was applied.
+    return (guard is not None and guard.skipped_last()) or _finite(module)
 
 
 def _finite(module: TrainingModule) -> bool:

@@ -16,21 +16,26 @@ from torch.distributed.tensor import DTensor
 
 from bitnet_train.durable import sync_file, sync_folder, write_atomically
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.callbacks.checkpoint import Checkpoints, prune, worth_keeping, write_archive
+from bitnet_train.training.callbacks.checkpoint import (
+    Checkpoints,
+    point_last_to_folder,
+    prune,
+    worth_keeping,
+    write_archive,
+)
 from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.config import RunConfig, processes
 from bitnet_train.training.device import sharded
 from bitnet_train.training.distributed import group
 from bitnet_train.training.distributed.checkpoint_files import REST, digest_files, take_apart
 from bitnet_train.training.module import TrainingModule
-from bitnet_train.training.run_folder import LAST
 
 
-def build_checkpoints(cfg: RunConfig, clock: TrainingClock, folder: Path) -> Checkpoints:
+def build_checkpoints(cfg: RunConfig, clock: TrainingClock, folder: Path, forked: bool = False) -> Checkpoints:
     """The callback that saves, for as many processes and the strategy that ``cfg`` says."""
     if processes(cfg.trainer) == 1:
-        return Checkpoints(clock, folder)
-    return (ShardedCheckpoints if sharded(cfg) else ReplicatedCheckpoints)(clock, folder)
+        return Checkpoints(clock, folder, forked)
+    return (ShardedCheckpoints if sharded(cfg) else ReplicatedCheckpoints)(clock, folder, forked)
 
 
 class ReplicatedCheckpoints(Checkpoints):
@@ -44,12 +49,13 @@ class ReplicatedCheckpoints(Checkpoints):
             super().on_train_start(trainer, pl_module)
         else:
             self.begin(trainer)
+            self.remember_good(trainer, pl_module)
 
-    def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int) -> bool:
         if group.first():
-            return super().save(trainer, module, step, last)
+            return super().save(trainer, module, step)
         if step != self.saved_step:
-            if not worth_keeping(module, last):
+            if not worth_keeping(module):
                 return False
             self.saved(step)
         return True
@@ -62,8 +68,8 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
     its name, and last.ckpt points to it, when all processes have written and synced everything.
     """
 
-    def __init__(self, clock: TrainingClock, folder: Path) -> None:
-        super().__init__(clock, folder)
+    def __init__(self, clock: TrainingClock, folder: Path, forked: bool = False) -> None:
+        super().__init__(clock, folder, forked)
         self._hosts: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
@@ -74,11 +80,11 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
         self._hosts = group.new_host_group()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
-    def save(self, trainer: L.Trainer, module: TrainingModule, step: int, last: bool = False) -> bool:
+    def save(self, trainer: L.Trainer, module: TrainingModule, step: int) -> bool:
         """Begin to save; see :meth:`Checkpoints.save`. Raises ConfigError when the save before failed."""
         if step == self.saved_step:
             return True
-        if not worth_keeping(module, last):
+        if not worth_keeping(module):
             return False
         assert self._thread is not None
         with self.clock.paused():
@@ -88,9 +94,9 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
             rest, tensors = take_apart(trainer._checkpoint_connector.dump_checkpoint(False))
             copies = {name: _copy(tensor) for name, tensor in tensors.items()}
         path = self.folder / f"step-{step:08d}.ckpt"
-        self._writing = self._thread.submit(self._write, path, rest, copies, module.cfg.checkpoint.keep)
+        self._writing = self._thread.submit(self._write, path, rest, copies, module.cfg.checkpoint.keep, self.good_step)
         self.saved(step)
-        if last:
+        if step == module.cfg.trainer.max_steps:
             self.wait()
         return True
 
@@ -109,7 +115,7 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
                 )
             group.agree(error)
 
-    def _write(self, path: Path, rest: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> None:
+    def _write(self, path: Path, rest: dict[str, Any], tensors: dict[str, Tensor], keep: int, good: int) -> None:
         """In the thread."""
         partial, failure = path.with_suffix(".partial"), None
         if group.first():
@@ -134,7 +140,7 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
             sync_folder(partial)
             put_folder(partial, path)
             point_last_to_folder(path)
-            prune(self.folder, path, keep)
+            prune(self.folder, path, keep, good)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         thread, self._thread = self._thread, None
@@ -163,15 +169,6 @@ def put_folder(partial: Path, path: Path) -> None:
     else:
         partial.rename(path)
         sync_folder(path.parent)
-
-
-def point_last_to_folder(path: Path) -> None:
-    """Make last.ckpt beside ``path`` a link to it, in one atomic rename."""
-    last, partial = path.with_name(LAST), path.with_name("last.partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(path.name)
-    partial.replace(last)
-    sync_folder(last.parent)
 
 
 def _copy(tensor: Tensor) -> Tensor:

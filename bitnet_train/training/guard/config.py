@@ -18,8 +18,8 @@ class GuardConfig:
     window: int = 128
     # Steps that must be known before outliers are skipped; null for half the window (as OLMo).
     min_history: int | None = None
-    # After so many skipped steps in a row go back to the last checkpoint and on with the samples behind the bad ones;
-    # null for never.
+    # After so many skipped steps in a row go back to the last checkpoint of checkpoint.every_steps and on with the
+    # samples behind the bad ones; null for never.
     rollback_after: int | None = None
     # How often a run may go back before it stops with exit code 3.
     max_rollbacks: int = 3

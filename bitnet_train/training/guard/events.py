@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bitnet_train.durable import reason
 from bitnet_train.errors import ConfigError, DivergedError
+from bitnet_train.training.callbacks.checkpoint import forget_later, step_path
 from bitnet_train.training.run_folder import RunFolder, write_atomically
 
 
@@ -82,8 +83,8 @@ def resume_point(rollbacks: list[Rollback], first: int) -> int | None:
 
 def go_back(rollback: Rollback, before: list[Rollback], allowed: int, folder: RunFolder, console: Console) -> None:
     """Write ``rollback`` behind those ``before`` it and say so. Raises DivergedError when that is one too many."""
-    last = folder.last_checkpoint if rollback.back_to else None
-    place = f"step {rollback.back_to} ({last})" if last is not None else f"step {rollback.back_to}"
+    good = step_path(folder.checkpoints, rollback.back_to)
+    place = f"step {rollback.back_to} ({good})" if good.exists() else f"step {rollback.back_to}"
     if len(before) >= allowed:
         past = ", ".join(f"step {r.step} to {r.back_to}" for r in before) or "never"
         raise DivergedError(
@@ -94,6 +95,8 @@ def go_back(rollback: Rollback, before: list[Rollback], allowed: int, folder: Ru
             "guard.max_rollbacks."
         )
     try:
+        # A kill between the two has the run make these steps again, and go back again.
+        forget_later(folder.checkpoints, rollback.back_to)
         write_rollbacks(folder.divergence_file, [*before, rollback])
     except OSError as error:
         raise ConfigError(

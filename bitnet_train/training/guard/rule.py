@@ -29,6 +29,9 @@ class Guard(nn.Module):
     statistics there take skipped steps in, so that a long bad stretch becomes the norm. And there a sudden fall is an
     outlier too; ternary training has one by design, when a schedule lowers the learning rate.
 
+    ``good_step`` is the last checkpoint that ``checkpoint.every_steps`` asked for: a function of the steps alone, so
+    that an interrupted run, which saved when it was told to stop, goes back to the same place as one that was not.
+
     ``skipped`` counts all skipped steps, ``in_a_row`` those since the last step that was applied.
     """
 
@@ -38,6 +41,7 @@ class Guard(nn.Module):
     skipped: Tensor
     in_a_row: Tensor
     recent: Tensor
+    good_step: Tensor
 
     def __init__(self, cfg: GuardConfig) -> None:
         super().__init__()
@@ -46,7 +50,8 @@ class Guard(nn.Module):
         self.going_back = False
         self.register_buffer("losses", torch.zeros(cfg.window))
         self.register_buffer("norms", torch.zeros(cfg.window))
-        for name in ("count", "skipped", "in_a_row"):
+        # The step of the checkpoint that the run goes back to; 0: its initial weights.
+        for name in ("count", "skipped", "in_a_row", "good_step"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("recent", torch.zeros(REMEMBERED, 3, dtype=torch.float64))
 

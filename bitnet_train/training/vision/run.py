@@ -52,6 +52,7 @@ def train_classifier(
     splits: ImageSplits,
     start: Path | None,
     first: int,
+    fork: Path | None,
     console: Console,
 ) -> TrainingOutcome:
     """Train ``cfg`` in ``folder`` on ``splits``, from checkpoint ``start`` (of step ``first``) or from new weights.
@@ -59,7 +60,7 @@ def train_classifier(
     Everything else is as in :func:`bitnet_train.training.run.train`.
     """
     return until_it_need_not_go_back(
-        lambda path, step: _train_from(cfg, folder, run_name, splits, path, step, console), folder, start, first
+        lambda path, step: _train_from(cfg, folder, run_name, splits, path, step, console), folder, start, first, fork
     )
 
 
@@ -107,7 +108,9 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_image(cfg.classifier), peak)
     validation = ImageValidation(clock, data)
-    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints)
+    checkpoints = build_checkpoints(
+        cfg, clock, folder.checkpoints, forked=start is not None and start.parent != folder.checkpoints
+    )
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
@@ -135,5 +138,5 @@ def _train_from(
             f"trainer.micro_batch to a smaller divisor of data.batch_size={plan.batch_sequences}, or choose a smaller "
             f"model; {there}."
         ) from None
-    ending = Ending(trainer.global_step, first, checkpoints, stop, guard)
+    ending = Ending(trainer.global_step, checkpoints, stop, guard)
     return conclude(ending, validation.result, data, rollbacks, cfg.guard.max_rollbacks, folder, console)
