@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitnet_train.durable import append_whole, reason
+from bitnet_train.training.distributed import group
 
 
 class LogFile:
-    """Appends to a file; ``say`` hears once when that fails, and once when it works again."""
+    """Appends to a file, in the first process; ``say`` hears once when that fails, and once when it works again."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         self.path, self.say = path, say
@@ -15,6 +16,8 @@ class LogFile:
 
     def append(self, text: str) -> None:
         """Append all of ``text``, or nothing of it."""
+        if not group.first():
+            return
         try:
             append_whole(self.path, text)
         except OSError as error:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bitnet_train.data.mixture import chats
 from bitnet_train.data.windows import document_numbers, inputs_and_targets
@@ -16,12 +17,12 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.clipping.rules import ClipResult, build_clip
 from bitnet_train.training.config import RunConfig, step_plan
 from bitnet_train.training.distributed import group
-from bitnet_train.training.distributed.loss import share_of_targets
 from bitnet_train.training.distributed.sharding import finish_gradients, is_sharded, shard_network
 from bitnet_train.training.guard.rule import build_guard
 from bitnet_train.training.losses.build import build_loss
 from bitnet_train.training.losses.config import CrossEntropyLoss, Reduction
 from bitnet_train.training.losses.parts import LossParts, Taught
+from bitnet_train.training.losses.shares import share_of_targets
 from bitnet_train.training.optimizers.build import build_optimizer
 from bitnet_train.training.regularisers.penalties import build_regulariser
 from bitnet_train.training.step import clip_gradients, next_token_loss, set_step_rates
@@ -60,8 +61,9 @@ class TrainingModule(L.LightningModule):
         self.first_bad: Tensor | None = None
         self.code_cache: CodeCache | None = None
         self._parts: list[LossParts] = []
-        # What the loss of a micro-batch counts for among those of the other processes; None: all the same.
+        # What a micro-batch counts for among those of its step, here and in other processes; None: all the same.
         self._weigh: Callable[[Any], Tensor] | None = None
+        self._weights: list[Tensor] = []
         # A graph for each size of a batch warm-up: one for changing sizes would compute otherwise in a continued run.
         dynamic = False if cfg.trainer.batch_warmup else None
         self._compute: Callable[..., LossParts] = (
@@ -90,9 +92,10 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = self._compute(*self.prepared(batch))
         if self._weigh is not None:
-            # A sum counts every token the same as it is.
+            self._weights.append(self._weigh(batch))
             total = None if self._micro_batches is None else parts.total
-            parts = parts.times(self._weigh(batch))
+            parts = parts.times(self._weights[-1])
+            # A sum counts every token the same as it is.
             parts = parts if total is None else parts._replace(total=total)
         self._parts.append(parts.detached())
         return parts.total if self._micro_batches is None else parts.total * self._micro_batches
@@ -140,12 +143,28 @@ class TrainingModule(L.LightningModule):
         """Called once per optimizer step, after accumulation: rates for this step, regulariser, clip rule, guard."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         set_step_rates(optimizer, self.cfg, self.global_step)
+        self._divide_by_weights()
         penalty = None if self.regulariser is None else self.regulariser.add_gradients(self.global_step)
         loss = self.step_loss = group.mean(torch.stack([parts.cross_entropy for parts in self._parts]).mean())
         self.clip_result = clip_gradients(self.network, self.clip_rule, self.guard, optimizer, loss, self.global_step)
         self._note_bad(loss, self.clip_result.norm)
         self.step_parts = self._other_parts(penalty)
         self._parts = []
+
+    @torch.no_grad()
+    def _divide_by_weights(self) -> None:
+        """Make the weighted sums of the step, gradients and losses, weighted means; nothing to learn leaves zeros."""
+        if not self._weights:
+            return
+        whole = group.mean(torch.stack(self._weights).mean())
+        factor = torch.where(whole > 0, 1 / whole, torch.zeros_like(whole))
+        parts = [parts.times(factor) for parts in self._parts]
+        if self._micro_batches is None:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+        else:  # a sum
+            parts = [new._replace(total=old.total) for new, old in zip(parts, self._parts, strict=True)]
+        self._parts, self._weights = parts, []
 
     @torch.no_grad()
     def _note_bad(self, loss: Tensor, norm: Tensor) -> None:
@@ -186,8 +205,8 @@ class PretrainingModule(TrainingModule):
         self.bos_id = bos_id if cfg.text.attend_within_documents else None
         self.loss = build_loss(cfg.loss, cfg.decoder)
         self.teacher = teacher
-        masked = bool(chats(cfg.text.corpus))
-        if masked and group.world() > 1 and cfg.trainer.micro_batch is None:
+        whole = group.world() == 1 and cfg.trainer.micro_batch is None
+        if chats(cfg.text.corpus) and not whole:
             self._weigh = share_of_targets
         self._teach = (
             torch.compile(teacher.__call__) if compiled and teacher is not None and teacher.compilable else teacher

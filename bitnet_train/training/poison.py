@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitnet_train.durable import append_whole
+from bitnet_train.training.distributed import group
 
 # Samples of a step that are listed one by one; the others follow from their numbers.
 LISTED = 16
@@ -38,7 +39,12 @@ def sentence(batch: dict[str, Any], file: Path) -> str:
 
 
 def note(file: Path, event: str, step: int, loss: float, norm: float, batch: dict[str, Any]) -> None:
-    """Append a line to divergence.jsonl. A disk that does not take it is no reason to lose the message itself."""
+    """Append a line to divergence.jsonl, in the first process.
+
+    A disk that does not take it is no reason to lose the message itself.
+    """
+    if not group.first():
+        return
     figures = {"loss": _plain(loss), "grad_norm": _plain(norm)}
     line = json.dumps({"event": event, "step": step, **figures, **batch}, ensure_ascii=False)
     with contextlib.suppress(OSError):

@@ -206,9 +206,10 @@ def _train_from(
     )
     module = PretrainingModule(cfg, decoder, tokenizer.bos_id, choices.compile, teacher)
     loggers = build_loggers(cfg, folder, run_name, first, console)
-    cut_layers(folder.layers_file, first)
-    cut_samples(folder.samples_file, first)
-    cut_evaluations(folder.evaluations_file, first)
+    if group.first():
+        cut_layers(folder.layers_file, first)
+        cut_samples(folder.samples_file, first)
+        cut_evaluations(folder.evaluations_file, first)
     remembered["micro_batch"] = plan.micro_batch
     folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
 

@@ -1,7 +1,6 @@
 """The folder of one run: what lies where, who may write to it, and what continues it."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,10 +122,6 @@ class RunFolder:
 
 class SilentRunFolder(RunFolder):
     """The run folder for all but the first of the processes that train together: it is read and not written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.layers_file = self.samples_file = self.evaluations_file = Path(os.devnull)
 
     def lock(self, say: Callable[[str], None] = print) -> None:
         """The first process holds it."""

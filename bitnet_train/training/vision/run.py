@@ -100,7 +100,8 @@ def _train_from(
     )
     module = ClassificationModule(cfg, classifier, choices.compile)
     loggers = build_loggers(cfg, folder, run_name, first, console)
-    cut_layers(folder.layers_file, first)
+    if group.first():
+        cut_layers(folder.layers_file, first)
     remembered |= {"data_fingerprint": data.fingerprint, "from_step": first, "micro_batch": plan.micro_batch}
     folder.add_provenance(collect_provenance({**choices.as_dict(), **remembered}))
 

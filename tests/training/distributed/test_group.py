@@ -9,7 +9,6 @@ import torch
 from bitnet_train.errors import ConfigError, DivergedError
 from bitnet_train.ranks import Ranks, this_process
 from bitnet_train.training.distributed import group
-from bitnet_train.training.distributed.loss import share_of_targets
 from tests.training.distributed.several import in_processes
 
 
@@ -43,11 +42,6 @@ def talk(rank: int, folder: Path) -> dict[str, Any]:
         except (ConfigError, DivergedError) as error:
             found[name] = str(error), error.exit_code
     group.agree(None)
-    # 3 targets here, 1 there: the mean of the weighted means is the mean over all four.
-    ids = torch.tensor([[[5, 5, 5, 5], [-100, 5, 5, 5] if rank == 0 else [-100, -100, -100, 5]]])
-    found["share"] = float(share_of_targets(ids))
-    nothing = torch.tensor([[[5, 5], [-100, -100]]])
-    found["share of nothing"] = float(share_of_targets(nothing))
     # At last one fails while the other waits for it.
     try:
         with group.failing_together():
@@ -73,11 +67,9 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         assert found["second fails"] == ("failed in 1", 3)
         assert found["first fails"] == found["first fails alone"] == ("failed in 0", 3)
         assert found["agreed"] == ("wrong", 2)
-        assert found["share of nothing"] == 0
         assert found["told"] == ("no memory in 1", 2)
     assert (first["in_turn"], second["in_turn"]) == (0, 10)
     assert (tmp_path / "order").read_text() == "01"
-    assert (first["share"], second["share"]) == (1.5, 0.5)
 
 
 def test_a_single_process_does_things_at_once() -> None:

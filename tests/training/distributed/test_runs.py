@@ -79,6 +79,8 @@ def test_ddp_has_the_losses_of_one_process(shared: Shared) -> None:
     assert (folder / "provenance.json").read_text().count('"started"') == 1
     assert len((folder / "layers.csv").read_text().splitlines()) == 1 + 14
     assert all(path.is_file() for path in (folder / "checkpoints").iterdir())
+    # Nobody has put a file of the run's in its place.
+    assert Path(os.devnull).is_char_device()
 
 
 def test_fsdp_with_uneven_shards_has_the_losses_of_one_process_and_resumes_on_1_and_4(shared: Shared) -> None:
