@@ -1,14 +1,16 @@
 """What two processes send each other in a training step with FSDP2, when quantised layers gather their codes (as
-training does) and when they gather their master weights, and how long the step takes. On the CPU, over gloo.
+training does) and when they gather their master weights, in float32 or, as FSDP2's mixed precision does, in bfloat16,
+and how long the step takes. On the CPU, over gloo.
 
     python benchmarks/gather_bytes.py [--hidden 512] [--layers 6] [--accumulation 4] [--steps 5]
 
 Bytes are those that a process sends on a ring: (W - 1) / W of what an all-gather gives or a reduce-scatter takes, twice
-that of an all-reduce. Both variants must end with the same codes, or the run fails. Times are medians; loopback is no
-network, so that they say what the packing costs rather than what the bytes saved are worth.
+that of an all-reduce. Codes and float32 weights must end with the same codes, or the run fails. Times are medians;
+loopback is no network, so that they say what the packing costs rather than what the bytes saved are worth.
 """
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -23,12 +25,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bitnet_train.nn import sharded_codes
 from bitnet_train.nn.config import DecoderConfig, NormalInit
 from bitnet_train.nn.init import build_decoder
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.quant.spec import build_spec
+from bitnet_train.training.distributed import sharding
 from bitnet_train.training.distributed.sharding import finish_gradients, shard_network
 from bitnet_train.training.losses.config import CrossEntropyLoss
 from bitnet_train.training.losses.cross_entropy import CrossEntropy
@@ -37,6 +41,7 @@ from bitnet_train.training.optimizers.config import AdamWConfig
 from bitnet_train.training.step import next_token_loss
 
 WORLD = 2
+CODES, FLOAT32, BFLOAT16 = VARIANTS = ("codes", "float32", "bfloat16")
 # Which argument holds what is sent, and how often it is sent, of each collective.
 COLLECTIVES = {
     "all_gather_into_tensor": (0, 1),
@@ -69,7 +74,7 @@ def counted(sent: dict[str, int]) -> None:
 
 
 def measure(rank: int, port: int, out: str, settings: argparse.Namespace) -> None:
-    """One process: both variants, and what the first one found in ``out``."""
+    """One process: every variant, and what the first one found in ``out``."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
@@ -82,9 +87,12 @@ def measure(rank: int, port: int, out: str, settings: argparse.Namespace) -> Non
     )  # fmt: skip
     results: dict[str, Any] = {}
     codes: dict[str, torch.Tensor] = {}
-    for name in ("codes", "weights"):
+    for name in VARIANTS:
+        if name == BFLOAT16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            sharding.fully_shard = functools.partial(fully_shard, mp_policy=policy)
         network = build_decoder(shape, build_spec(QuantConfig()), NormalInit(), 1)
-        shard_network(network, mesh, codes=name == "codes")
+        shard_network(network, mesh, codes=name == CODES)
         optimizer = build_optimizer(AdamWConfig(lr=1e-3), network)
         sharded_codes.ShardedCodeCache(network, optimizer)
         loss = CrossEntropy(CrossEntropyLoss())
@@ -106,9 +114,9 @@ def measure(rank: int, port: int, out: str, settings: argparse.Namespace) -> Non
         found = torch.cat([m.codes.flatten() for m in network.modules() if hasattr(m, "stand_in")])
         codes[name] = found
         results[name] = {"seconds": statistics.median(times), "bytes": per_step[-1]}
-    same = float((codes["codes"] == codes["weights"]).float().mean())
+    same = float((codes[CODES] == codes[FLOAT32]).float().mean())
     if rank == 0:
-        quantised = codes["codes"].numel()
+        quantised = codes[CODES].numel()
         Path(out).write_text(json.dumps({"quantised": quantised, "same_codes": same, **results}))
     dist.destroy_process_group()
 
@@ -129,9 +137,9 @@ def main() -> None:
     if found["same_codes"] < 0.9999:
         raise SystemExit(f"the variants do not compute the same: only {found['same_codes']:.2%} of the codes agree")
     print(f"{found['quantised']:,} quantised weights, {settings.accumulation} micro-batches a step, {WORLD} processes")
-    kinds = sorted({kind for name in ("codes", "weights") for kind in found[name]["bytes"]})
+    kinds = sorted({kind for name in VARIANTS for kind in found[name]["bytes"]})
     print(f"{'gathered':10}" + "".join(f"{kind:>18}" for kind in kinds) + f"{'all':>18}{'ms per step':>14}")
-    for name in ("weights", "codes"):
+    for name in (FLOAT32, BFLOAT16, CODES):
         sent = [found[name]["bytes"].get(kind, 0) for kind in kinds]
         cells = "".join(f"{n / 1e6:>15.2f} MB" for n in [*sent, sum(sent)])
         print(f"{name:10}{cells}{found[name]['seconds'] * 1e3:>14.0f}")
