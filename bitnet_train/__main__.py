@@ -65,6 +65,7 @@ def main() -> NoReturn:
     """The console entry: runs and exits."""
     sys.excepthook = lambda *error: print(masked("".join(traceback.format_exception(*error))), file=sys.stderr, end="")
     code = answer(sys.argv[1:])
+    signals.ignore()  # what there was to do is done: a late one must not change the exit code
     try:
         sys.stdout.flush()
     except OSError:  # a full disk or a closed pipe, which would change the exit code

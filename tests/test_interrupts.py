@@ -53,7 +53,7 @@ def test_other_threads_and_ignored_signals_are_left_alone() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("where", ["register", "_hydra_main", "to_config"])
+@pytest.mark.parametrize("where", ["register", "hydra_main", "to_config"])
 def test_an_interrupt_in_the_middle_of_composing_ends_with_130(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = getattr(main, where)
 

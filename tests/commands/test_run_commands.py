@@ -234,7 +234,8 @@ def test_runs_that_are_not_complete(do: Do, config: Config) -> None:
     save(config, step=7, fingerprint="of other shards").replace(folder / "checkpoints" / "last.ckpt")
     with pytest.raises(ConfigError, match="does not hold the token shards"):
         do(Command.evaluate)
-    (folder / "checkpoints" / "last.ckpt").unlink()
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
     for command in (Command.export, Command.verify, Command.evaluate, Command.generate):
         with pytest.raises(ConfigError, match="saved no checkpoint yet"):
             do(command)

@@ -414,7 +414,7 @@ def test_kills_at_any_moment_lose_nothing(tmp_path: Path, mixed: Path) -> None:
         (["command=prepare", "data.prepare.part=2", "data.prepare.parts=2"], "must be from 0 to 1"),
         (["command=prepare", "data.prepare.part=-1", "data.prepare.parts=2"], "must be from 0 to 1"),
         (["data.prepare.part=0", "data.prepare.parts=2"], "are for command=prepare"),
-        (["data.prepare.unit_mb=nan"], "must be above 0"),
+        (["data.prepare.unit_mb=nan"], "must be a finite number"),
         (["data.prepare.wait_minutes=-1"], "must be from 0"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 import bitnet_train.__main__ as entry
 import bitnet_train.commands as commands
+import bitnet_train.commands.submit as submit
 from bitnet_train.config import Config
 from tests.composing import CATALOGUE
 from tests.fuzz.harness import Ended, defect, run
@@ -50,6 +51,7 @@ def fuzz(seed: int, count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     """Exit code -> how many of ``count`` command lines ended so; commands themselves are not run."""
     reached: list[Config] = []
     monkeypatch.setattr(commands, "run", lambda cfg: reached.append(cfg) or 0)
+    monkeypatch.setattr(submit, "run", lambda cfg, *_: reached.append(cfg) or 0)
     mutator, wrong = Mutator(seed, folder / "recipes"), []
     codes = dict.fromkeys((0, 2), 0)
     for _ in range(count):
@@ -66,10 +68,11 @@ def fuzz(seed: int, count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return codes
 
 
-def test_300_mutations_are_composed_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = fuzz(1, 300, tmp_path, monkeypatch)
-    assert codes[2] > 100
-    assert codes[0] > 20
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_mutations_are_composed_or_refused(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = fuzz(1, count, tmp_path, monkeypatch)
+    assert codes[2] > count / 3
+    assert codes[0] > count / 15
 
 
 @pytest.mark.slow
@@ -78,14 +81,17 @@ def test_3000_mutations_are_composed_or_refused(seed: int, tmp_path: Path, monke
     fuzz(seed, 300, tmp_path, monkeypatch)
 
 
-def test_20_that_compose_are_trained_or_stop_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_what_composes_is_trained_or_stops_with_a_sentence(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"text {i}: the quick brown fox jumps over {i * i} lazy dogs\n" * 20)
     plain, composed = commands.run, []
     mutator, ended = Mutator(2, tmp_path / "recipes"), dict.fromkeys((0, 2, 3), 0)
-    while sum(ended.values()) < 20:
+    while sum(ended.values()) < count:
         line = _runnable(mutator, str(texts))
         monkeypatch.setattr(commands, "run", lambda cfg: composed.append(cfg) or 0)
         before = len(composed)
@@ -96,9 +102,10 @@ def test_20_that_compose_are_trained_or_stop_with_a_sentence(tmp_path: Path, mon
         result: Ended = run([*line, f"run_name=run{sum(ended.values())}"])
         assert not defect(result, (0, 2, 3)), f"{words(line)}\n{defect(result, (0, 2, 3))}"
         assert result.code is not None
-        assert result.code == 0 or len(result.sentences) == 1, result.errors
+        # A sweep says one for each of its runs.
+        assert result.code == 0 or len(result.sentences) == 1 or "-m" in line, result.errors
         ended[result.code] += 1
-    assert ended[0] >= 8, ended
+    assert ended[0] >= 0.4 * count, ended
 
 
 def _runnable(mutator: Mutator, texts: str) -> list[str]:

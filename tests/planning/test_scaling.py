@@ -103,7 +103,7 @@ def test_the_tables_and_the_file(tmp_path: Path) -> None:
         (["estimate.gpus=[8,0]"], "must be numbers of GPUs"),
         (["estimate.gpus_per_node=0"], "must be from 1"),
         (["estimate.matmul_share=1.5"], "must be above 0"),
-        (["estimate.network_share=nan"], "must be above 0"),
+        (["estimate.network_share=nan"], "must be a finite number"),
     ],
 )
 def test_plans_that_cannot_be_reckoned_are_refused(wrong: list[str], said: str) -> None:

@@ -67,7 +67,11 @@ def test_the_package_has_no_unsafe_call() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & UNSAFE, path
+            unsafe = {name.partition(".")[0] for name in names} & UNSAFE
+            assert unsafe <= ({"pickle"} if path.name == "checkpoint_files.py" else set()), path
+    # That one reads the metadata of shards, by an unpickler that knows the classes that belong there.
+    pickled = {(path.name, name) for path, name, _ in calls() if name.partition(".")[0] == "pickle"}
+    assert pickled == {("checkpoint_files.py", "pickle.UnpicklingError")}
 
 
 class Evil:

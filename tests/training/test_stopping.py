@@ -37,10 +37,11 @@ def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(workspace: Wo
 
 @pytest.mark.parametrize("command", ["evaluate", "export", "generate"])
 def test_a_signal_stops_other_commands(workspace: Workspace, command: str) -> None:
-    assert workspace.run("run_name=a", "trainer.max_steps=2")[0] == 0
+    assert workspace.run("run_name=a", "trainer.max_steps=2", "model.context=100100")[0] == 0
     (workspace.folder / "long.txt").write_text("the quick brown fox\n" * 200_000)
     long = {"evaluate": ["evaluate.text=long.txt"], "export": ["export.verify_tokens=1000000"],
-            "generate": ["generate.prompt=line", "generate.max_new_tokens=100000"]}  # fmt: skip
+            "generate": ["generate.prompt=line", "generate.max_new_tokens=100000",
+                         "generate.temperature=0"]}  # fmt: skip
     process = workspace.start(f"command={command}", "run=runs/a", *long[command])
     time.sleep(4)  # long enough to have begun; it would go on for minutes
     assert process.poll() is None, process.communicate()

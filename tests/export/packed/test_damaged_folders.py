@@ -81,7 +81,7 @@ def test_fields_that_cannot_be(key: str, value: Any, pattern: str, export: Path)
         ("hidden", 128, r"config.json asks for \(416, 128\)"),
         ("hidden", 10**12, "config.json asks for"),
         ("heads", 7, "does not divide"),
-        ("layers", 10**9, "too few for 1,000,000,000 blocks"),
+        ("layers", 9_999, "too few for 9,999 blocks"),
         ("layers", 1, "not part of the model|no linear layer"),
         ("layers", 3, "is missing"),
         ("context", 10**12, "is the most that is read here"),

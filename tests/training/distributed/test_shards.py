@@ -73,7 +73,7 @@ def train(network: Decoder, batches: list[list[Tensor]], clip: str) -> dict[str,
     cache = (ShardedCodeCache if sharded else CodeCache)(network, optimizer)
     rule, loss = build_clip(CLIPS[clip], STEPS), CrossEntropy(CrossEntropyLoss())
     guard = build_guard(GuardConfig(outlier_sigma=1e6, skip_non_finite=True))
-    regulariser = build_regulariser(CodesRegulariser(strength=0.1, start=0), network, STEPS)
+    regulariser = build_regulariser(CodesRegulariser(strength=0.1, start=0), network, network.spec, STEPS)
     assert regulariser is not None
     rows: dict[str, Any] = {"norms": [], "thresholds": [], "clipped": [], "flips": [], "penalty": []}
     for step, micro_batches in enumerate(batches):
