@@ -135,7 +135,10 @@ class BlockOrder(Enum):
 
 @dataclass
 class ProgressiveConfig:
-    """Base of the ways from float to quantised; every subclass is an option of the ``quant/progressive`` group."""
+    """Base of the ways from float to quantised; every subclass is an option of the ``quant/progressive`` group.
+
+    Validation on the way measures the model as it computes at that step, not what it would be once quantised.
+    """
 
     name: str = MISSING
 

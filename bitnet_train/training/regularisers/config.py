@@ -45,7 +45,8 @@ class ScheduledRegulariser(RegulariserConfig):
     """Base of those whose strength follows the step; the penalty is added to the loss with its strength."""
 
     # Factor of the penalty. The penalty is a mean over layers and their weights, so what pulls at one weight is divided
-    # by the number of all weights, and larger models take larger strengths.
+    # by the number of all weights, and larger models take larger strengths. It stands beside the mean loss of a token:
+    # with loss.reduction=sum it weighs as many times less as a step has learnt tokens.
     strength: float = 10.0
     # First step at which it acts; below 1 that share of the run.
     start: float = 0.0
