@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.composing import compose_config, write
+from tests.composing import write
 from tests.training.conftest import SETTINGS, Workspace
 
 pytestmark = pytest.mark.slurm
@@ -183,11 +183,11 @@ def test_a_sweep_runs_as_jobs_and_is_ranked(cluster: Cluster) -> None:
 
 
 def test_two_tasks_of_srun_train_together(cluster: Cluster) -> None:
-    if not hasattr(compose_config("+recipe=tiny").trainer, "devices"):
-        pytest.skip("this version trains with one process (no trainer.devices)")
-    job = cluster.submit("two", 0, "trainer.devices=2", "trainer.max_steps=20", "schedule=constant")
+    same = ("trainer.max_steps=20", "schedule=constant", "optimizer.lr=1e-3", "trainer.precision=32-true",
+            "trainer.micro_batch=2")  # fmt: skip
+    job = cluster.submit("two", 0, "trainer.devices=2", *same)
     assert cluster.wait_for_end("two", job) == "COMPLETED", cluster.log("two")
-    code, output = cluster.run("run_name=one", "trainer.max_steps=20", "schedule=constant")
+    code, output = cluster.run("run_name=one", *same)
     assert code == 0, output
     for ours, single in zip(cluster.rows("two"), cluster.rows("one"), strict=True):
         assert float(ours["train/loss"]) == pytest.approx(float(single["train/loss"]), rel=1e-3), ours["step"]
