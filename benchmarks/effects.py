@@ -140,6 +140,9 @@ CONFIRM: dict[str, list[str]] = {
     "dense, muon": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2"],
     "lambda linear 20 %": ["quant/progressive=lambda"],
     "wsd": ["schedule=wsd"],
+    "dense, wsd": ["quant=none", "optimizer.lr=3e-3", "schedule=wsd"],
+    "muon, wsd": ["optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
+    "dense, muon, wsd": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
     "warm-up 20 %": ["schedule.warmup=0.2"],
     "blocks at half the rate": ["optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
