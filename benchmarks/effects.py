@@ -143,6 +143,8 @@ CONFIRM: dict[str, list[str]] = {
     "dense, wsd": ["quant=none", "optimizer.lr=3e-3", "schedule=wsd"],
     "muon, wsd": ["optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
     "dense, muon, wsd": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
+    "lr 8e-3": ["optimizer.lr=8e-3"],
+    "dense, lr 6e-3": ["quant=none", "optimizer.lr=6e-3"],
     "warm-up 20 %": ["schedule.warmup=0.2"],
     "blocks at half the rate": ["optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
