@@ -28,7 +28,7 @@ BY_DEGREES = ["quant/progressive=lambda", "quant.progressive.until=0.3"]
 SMALL = ["+recipe=small", f"trainer.max_steps={SCRATCH}"]
 TAUGHT = ["loss=distillation", "loss.teacher=DENSE", "loss.temperature=2"]
 RUNS: dict[str, list[str]] = {
-    DENSE: ["+recipe=small", "quant=none", "optimizer.lr=2e-3"],
+    DENSE: ["+recipe=small", "trainer.max_steps=1200", "quant=none", "optimizer.lr=2e-3"],
     "start: at once, lr 3e-4": [*START, "optimizer.lr=3e-4"],
     "start: by degrees, lr 3e-4": [*START, "optimizer.lr=3e-4", *BY_DEGREES],
     "start: at once, lr 1e-3": [*START, "optimizer.lr=1e-3"],
@@ -44,7 +44,7 @@ def train(name: str, overrides: list[str], places: argparse.Namespace) -> float 
     folder, dense = places.runs / folder_name(name), places.runs / folder_name(DENSE)
     log = places.runs / f"{folder_name(name)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    steps = next((int(o.partition("=")[2]) for o in overrides if o.startswith("trainer.max_steps=")), 1200)
+    steps = next(int(o.partition("=")[2]) for o in overrides if o.startswith("trainer.max_steps="))
     if finished(folder, steps) is None:
         command = [
             sys.executable, "-m", "bitnet_train", *(o.replace("DENSE", str(dense)) for o in overrides),
