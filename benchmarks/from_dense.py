@@ -9,14 +9,12 @@ size helps by 1 to 2 % at equal steps, and costs a third more time per step.
 """
 
 import argparse
-import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from effects import finished, folder_name
+from trainings import rows
+from trainings import train as start
 
 DENSE = "dense (the teacher)"
 FROM_DENSE, SCRATCH = 300, 600  # steps
@@ -43,26 +41,21 @@ def train(name: str, overrides: list[str], places: argparse.Namespace) -> float 
     """Bits per byte of a run at its end, which is trained unless it is there; None when it fails (see its log)."""
     folder, dense = places.runs / folder_name(name), places.runs / folder_name(DENSE)
     log = places.runs / f"{folder_name(name)}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     steps = next(int(o.partition("=")[2]) for o in overrides if o.startswith("trainer.max_steps="))
     if finished(folder, steps) is None:
-        command = [
-            sys.executable, "-m", "bitnet_train", *(o.replace("DENSE", str(dense)) for o in overrides),
+        settings = [
+            *(o.replace("DENSE", str(dense)) for o in overrides),
             f"run_name={folder_name(name)}", f"paths.runs={places.runs}", f"paths.data={places.data}",
             "trainer.validate_every=100", "samples.every_steps=null",
         ]  # fmt: skip
-        with log.open("w") as stream:
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ).returncode
-        if code:
+        if code := start(settings, log):
             print(f"{name}: exit code {code}, see {log}", flush=True)
     return finished(folder, steps)
 
 
 def curve(folder: Path) -> dict[int, float]:
     """Step -> bits per byte of every validation."""
-    path = folder / "metrics.csv"
-    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-    return {int(row["step"]): float(row["val/bits_per_byte"]) for row in rows if row["val/bits_per_byte"]}
+    return {int(row["step"]): float(row["val/bits_per_byte"]) for row in rows(folder) if row["val/bits_per_byte"]}
 
 
 def main() -> None:
