@@ -9,14 +9,12 @@ interrupted goes on. Compare options of one file only if the code between them c
 """
 
 import argparse
-import csv
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from trainings import rows, train
 
 # Option -> overrides on +recipe=micro. Groups only order the table.
 SCREEN: dict[str, dict[str, list[str]]] = {
@@ -140,6 +138,11 @@ CONFIRM: dict[str, list[str]] = {
     "dense, muon": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2"],
     "lambda linear 20 %": ["quant/progressive=lambda"],
     "wsd": ["schedule=wsd"],
+    "dense, wsd": ["quant=none", "optimizer.lr=3e-3", "schedule=wsd"],
+    "muon, wsd": ["optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
+    "dense, muon, wsd": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
+    "lr 8e-3": ["optimizer.lr=8e-3"],
+    "dense, lr 6e-3": ["quant=none", "optimizer.lr=6e-3"],
     "warm-up 20 %": ["schedule.warmup=0.2"],
     "blocks at half the rate": ["optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
@@ -151,13 +154,10 @@ Results = dict[str, dict[str, float]]  # job -> "option, seed" -> bits per byte
 
 def finished(folder: Path, steps: int) -> float | None:
     """The last validation of a run of ``steps`` steps in bits per byte, or None when it has not come that far."""
-    try:
-        rows = list(csv.DictReader((folder / "metrics.csv").open(newline="")))
-    except OSError:
+    found = rows(folder)
+    if not found or int(found[-1]["step"]) != steps or not found[-1]["val/bits_per_byte"]:
         return None
-    if not rows or int(rows[-1]["step"]) != steps or not rows[-1]["val/bits_per_byte"]:
-        return None
-    return float(rows[-1]["val/bits_per_byte"])
+    return float(found[-1]["val/bits_per_byte"])
 
 
 def folder_name(option: str) -> str:
@@ -169,18 +169,14 @@ def measure(option: str, overrides: list[str], recipe: str, steps: int, seed: in
     """Bits per byte of an option after ``steps`` steps; NaN when the run fails, with the reason in its log."""
     name = f"{recipe}/{folder_name(option)}/seed{seed}"
     folder, log = places.runs / name, places.runs / f"{name}.log"
-    command = [
-        sys.executable, "-m", "bitnet_train", f"+recipe={recipe}", *overrides, f"seed={seed}", f"run_name={name}",
+    settings = [
+        f"+recipe={recipe}", *overrides, f"seed={seed}", f"run_name={name}",
         f"trainer.max_steps={steps}", f"trainer.validate_every={min(steps, 300)}",
         f"trainer.compile={'true' if steps >= 1000 else 'false'}",
         f"paths.runs={places.runs}", f"paths.data={places.data}",
     ]  # fmt: skip
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if finished(folder, steps) is None:
-        with log.open("w") as stream:
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ).returncode
-        if code:
-            print(f"{option}, seed {seed}: exit code {code}, see {log}", flush=True)
+    if finished(folder, steps) is None and (code := train(settings, log)):
+        print(f"{option}, seed {seed}: exit code {code}, see {log}", flush=True)
     value = finished(folder, steps)
     return math.nan if value is None else value
 

@@ -7,13 +7,12 @@ batch in at full length, which the rules that look at past norms (percentile, zs
 """
 
 import argparse
-import csv
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from trainings import PACKAGE, rows, train
 
 from bitnet_train.reporting.charts import Chart, Line, png, smoothed
 
@@ -64,17 +63,7 @@ def run(name: str, overrides: list[str], runs: Path, data: Path) -> None:
         f"trainer.max_steps={STEPS}", f"trainer.validate_every={STEPS}", "trainer.log_every=1",
         "trainer.compile=false", f"paths.runs={runs}", f"paths.data={data}",
     ]  # fmt: skip
-    here = [sys.executable, __file__, "--corrupt"] if corrupt else [sys.executable, "-m", "bitnet_train"]
-    log = runs / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
-        subprocess.run([*here, *arguments], stdout=stream, stderr=subprocess.STDOUT, env=os.environ)
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics."""
-    path = folder / "metrics.csv"
-    return list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+    train(arguments, runs / f"{name}.log", (__file__, "--corrupt") if corrupt else PACKAGE)
 
 
 def main() -> None:
