@@ -61,7 +61,7 @@ class Workspace:
 
     def run(self, *arguments: str) -> tuple[int, str]:
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=480)
         return process.returncode, output
 
     def rows(self, run: str) -> list[dict[str, str]]:
@@ -91,11 +91,11 @@ class Workspace:
         checkpoint = self.folder / "runs" / run / "checkpoints" / f"step-{step:08d}.ckpt"
         self._wait(lambda: checkpoint.exists() or process.poll() is not None)
         (os.killpg if group else os.kill)(process.pid, number)
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=480)[0]
 
     @staticmethod
     def _wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 480
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.005)
