@@ -37,6 +37,11 @@ class Contender:
 
     def decoder(self) -> Decoder:
         """The model with initial weights, on the CPU."""
+        decoder = self._decoder()
+        decoder.checkpoint_activations(self.cfg.trainer.activation_checkpointing)
+        return decoder
+
+    def _decoder(self) -> Decoder:
         cfg = self.cfg
         backend = choose_backend(self.device, cfg.kernels.backend).backend
         if self.layers == "own":

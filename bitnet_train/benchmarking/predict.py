@@ -23,7 +23,8 @@ def predict_step(contender: Contender, rates: DeviceRates) -> dict[str, float] |
     plan = batch_plan(cfg.trainer, cfg.text.sequence_length)
     tokens = plan.batch_sequences * cfg.text.sequence_length
     iterations = cfg.optimizer.ns_steps if isinstance(cfg.optimizer, MuonConfig) else 0
-    step = StepWork(tokens, plan.accumulation, cfg.text.sequence_length, compute, linears, iterations)
+    again = cfg.trainer.activation_checkpointing
+    step = StepWork(tokens, plan.accumulation, cfg.text.sequence_length, compute, linears, iterations, again)
     return step_prediction(cfg.decoder, step, rates)
 
 

@@ -11,6 +11,10 @@ _LIBRARY = torch.library.Library("bitnet_train", "FRAGMENT")
 
 Function = Callable[..., Any]
 
+# Qualified names of the operators that quantise inputs, and of those that multiply their codes with weights.
+INPUT_QUANTISERS: set[str] = set()
+PRODUCTS: set[str] = set()
+
 
 def operator(signature: str, fake: Function, device: str) -> Callable[[Function], Function]:
     """Decorates the implementation of ``torch.ops.bitnet_train.<name>``.
@@ -23,6 +27,9 @@ def operator(signature: str, fake: Function, device: str) -> Callable[[Function]
     name = signature.partition("(")[0]
     _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"bitnet_train::{name}", fake, lib=_LIBRARY)
+    for kind, names in ((quantise_fake, INPUT_QUANTISERS), (matmul_fake, PRODUCTS)):
+        if fake is kind:
+            names.add(f"bitnet_train::{name}")
 
     def implement(kernel: Function) -> Function:
         _LIBRARY.impl(name, kernel, device)

@@ -15,6 +15,14 @@ from bitnet_train.errors import ConfigError
 MOST_LAYERS = 10_000
 
 
+class ActivationCheckpointing(Enum):
+    """What of a block its backward pass computes again; see :mod:`bitnet_train.nn.recompute`."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class Norms(Enum):
     """Where RMSNorms stand: ``pre_sub`` before attention and FFN and again before o_proj and down_proj, ``pre`` before
     attention and FFN only, or ``inside``: one in every projection, which nothing shares, and none elsewhere."""

@@ -18,17 +18,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.kernels.op import compute_dtype
 from bitnet_train.nn.attention import attention
 from bitnet_train.nn.bit_linear import BitLinear, SharedInput, wide_enough
 from bitnet_train.nn.collector import Collector, Projections
-from bitnet_train.nn.config import DecoderConfig, Norms, check_decoder
+from bitnet_train.nn.config import ActivationCheckpointing, DecoderConfig, Norms, check_decoder
 from bitnet_train.nn.kv_cache import KVCache
 from bitnet_train.nn.layout import biased_linears, block_linears, check_spec
 from bitnet_train.nn.norm import RMSNorm
+from bitnet_train.nn.recompute import checkpointed
 from bitnet_train.nn.rotary import negate_first_half, rotary_table, rotate
 from bitnet_train.quant.activations import residual_sum
 from bitnet_train.quant.spec import QuantSpec
@@ -175,8 +175,7 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg, linear, self.input_layernorm)
         self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.norm_eps) if before else None
         self.mlp = FeedForward(cfg, linear, self.post_attention_layernorm)
-        # Keep nothing but the inputs for the backward pass, which computes the block again.
-        self.recompute = False
+        self.checkpointing = ActivationCheckpointing.none
 
     def forward(
         self,
@@ -188,13 +187,10 @@ class Block(nn.Module):
         collector: Collector | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream before this block's FFN, and the FFN's result that the next reader adds to it."""
-        if self.recompute and torch.is_grad_enabled():
-            # (Chen et al. 2016, arXiv 1604.06174.) No random numbers are drawn in a block.
-            again: tuple[Tensor, Tensor] = checkpoint(
-                self._compute, x, delta, place, cache, layer, collector, use_reentrant=False, preserve_rng_state=False
-            )
-            return again
-        return self._compute(x, delta, place, cache, layer, collector)
+        found: tuple[Tensor, Tensor] = checkpointed(
+            self.checkpointing, self._compute, x, delta, place, cache, layer, collector
+        )
+        return found
 
     def _compute(
         self,
@@ -236,11 +232,11 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def checkpoint_activations(self, on: bool = True) -> None:
-        """Compute every block again in the backward pass instead of keeping what it needs."""
+    def checkpoint_activations(self, what: ActivationCheckpointing) -> None:
+        """Choose what of every block the backward pass computes again; see :mod:`bitnet_train.nn.recompute`."""
         for block in self.layers:
             assert isinstance(block, Block)
-            block.recompute = on
+            block.checkpointing = what
 
     @property
     def head_weight(self) -> Tensor:

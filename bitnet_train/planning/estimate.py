@@ -16,7 +16,6 @@ from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.config import (
     Accelerator,
-    ActivationCheckpointing,
     RunConfig,
     TrainerConfig,
     batch_plan,
@@ -92,7 +91,7 @@ def estimate(cfg: RunConfig, export_dtype: ExportDtype) -> Estimate:
             cfg.text.sequence_length,
             cfg.trainer.precision,
             cfg.optimizer,
-            trainer.activation_checkpointing is ActivationCheckpointing.full,
+            trainer.activation_checkpointing,
         ),
         precision=cfg.trainer.precision,
         checkpoint_bytes=checkpoint_bytes(cfg.decoder, spec, cfg.optimizer),
@@ -128,7 +127,7 @@ def assumed_micro_batch(cfg: RunConfig) -> tuple[TrainerConfig, str | None]:
             length,
             trainer.precision,
             cfg.optimizer,
-            trainer.activation_checkpointing is ActivationCheckpointing.full,
+            trainer.activation_checkpointing,
         ).total
         for size in sizes
     }

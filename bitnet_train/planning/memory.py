@@ -32,7 +32,7 @@ A test holds the activations equal to what autograd really saves.
 
 from dataclasses import dataclass
 
-from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
+from bitnet_train.nn.config import Activation, ActivationCheckpointing, DecoderConfig, Norms, ResidualDtype
 from bitnet_train.nn.layout import block_linears, quantised_layers
 from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.planning.parameters import ParameterCounts, count_parameters, count_scales
@@ -41,6 +41,13 @@ from bitnet_train.training.chunks import chunk_tokens
 from bitnet_train.training.optimizers.config import AdamWConfig, OptimizerConfig
 
 FLOAT32 = 4
+# The linear layers of a block by the input they share.
+INPUT_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,12 @@ def training_memory(
     sequence_length: int,
     precision: str,
     optimizer: OptimizerConfig | None = None,
-    recomputed: bool = False,
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
 ) -> TrainingMemory:
     """Bytes that training needs (with AdamW if no ``optimizer`` is given); see the table above.
 
-    With ``recomputed`` (trainer.activation_checkpointing=full) blocks keep their inputs alone, and one of them at a
-    time what it computes again.
+    With ``checkpointing`` (trainer.activation_checkpointing) blocks keep their inputs, and where it is selective what
+    :mod:`bitnet_train.nn.recompute` says; one of them at a time keeps what it computes again.
     """
     counts = count_parameters(cfg, spec)
     compute = compute_bytes(precision)
@@ -89,7 +96,7 @@ def training_memory(
         optimizer_state=optimizer_state(optimizer or AdamWConfig(), cfg).bytes + 2 * scales,  # of AdamW, in Muon too
         code_buffers=_code_buffers(cfg, spec, counts),
         compute_copies=_compute_copies(cfg, counts, compute),
-        activations=_activations(cfg, spec, micro_batch * sequence_length, compute, recomputed),
+        activations=_activations(cfg, spec, micro_batch * sequence_length, compute, checkpointing),
     )
 
 
@@ -104,16 +111,19 @@ def _compute_copies(cfg: DecoderConfig, counts: ParameterCounts, compute: int) -
 
 
 def _activations(
-    cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int, recomputed: bool = False
+    cfg: DecoderConfig, spec: QuantSpec, tokens: int, compute: int, checkpointing: ActivationCheckpointing
 ) -> dict[str, int]:
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0, "attention": 0, "FFN": 0}
     blocks = [_block_per_token(cfg, spec, layer, compute) for layer in range(cfg.layers)]
-    if recomputed:
+    if checkpointing is not ActivationCheckpointing.none:
         # The stream, and what the block before adds to it.
         inputs = cfg.layers * _residual_bytes(cfg) + (cfg.layers - 1) * compute
         largest = max(sum(block.values()) for block in blocks)
         parts = {"block inputs": tokens * cfg.hidden * inputs, "the block computed again": tokens * largest}
         blocks = []
+    if checkpointing is ActivationCheckpointing.selective:
+        kept = sum(_kept_per_token(cfg, spec, layer, compute) for layer in range(cfg.layers))
+        parts["kept of every block"] = tokens * kept
     for block in blocks:
         for part, size in block.items():
             parts[part] += tokens * size
@@ -137,8 +147,7 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
     outs = {name: out for name, (out, _) in block_linears(cfg).items()}
     quants = {name: spec.for_layer(f"layers.{layer}.{name}") for name in outs}
     residual, sub_normed = _residual_bytes(cfg), cfg.norms is Norms.pre_sub
-    q, k, v, o = (f"self_attn.{p}_proj" for p in "qkvo")
-    gate, up, down = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
+    (q, k, v), (o,), (gate, up), (down,) = INPUT_GROUPS
     parts = {"quantised inputs": 0, "norm inputs": 0, "float layers' inputs": 0}
     # A down projection with 8-bit inputs computes its gated input and the codes again from gate and up.
     fused_gate = quants[down].quantised and quants[down].inputs.standard
@@ -172,6 +181,34 @@ def _block_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: i
         inner += _stack(quants, outs, gate, (gate, up))
     parts["FFN"] = compute * inner
     return parts
+
+
+def _kept_per_token(cfg: DecoderConfig, spec: QuantSpec, layer: int, compute: int) -> int:
+    """Bytes per token that one block keeps under selective checkpointing, beside its inputs."""
+    quants = {name: spec.for_layer(f"layers.{layer}.{name}") for name in block_linears(cfg)}
+    # Attention's result.
+    size = compute * cfg.attention_width + FLOAT32 * cfg.heads
+    # Codes that are made with the stream, their scale and 1/rms; the stream.
+    qkv, _, gate_up, _ = INPUT_GROUPS
+    for group in (qkv, gate_up):
+        before_ffn = group is gate_up
+        first = next((quants[name] for name in group if quants[name].quantised), None)
+        if (layer > 0 or before_ffn) and first is not None and first.inputs.standard:
+            size += cfg.hidden + 2 * FLOAT32
+            # That before the FFN is the next block's input.
+            size += _residual_bytes(cfg) * cfg.hidden if not before_ffn or layer == cfg.layers - 1 else 0
+    # Products narrower than their input, floats each for itself.
+    shapes = block_linears(cfg)
+    outs = {name: out for name, (out, _) in shapes.items()}
+    for group in INPUT_GROUPS:
+        products = {
+            quants[name].inputs if quants[name].quantised else name: _stack(quants, outs, name, group) for name in group
+        }
+        size += compute * sum(width for width in products.values() if width < shapes[group[0]][1])
+    # The down projection's is the next block's input, unless the scale of the weights is applied to it afterwards.
+    down = quants["mlp.down_proj"]
+    scaled = down.quantised and down.inputs.bits is None
+    return size - (compute * cfg.hidden if layer < cfg.layers - 1 and not scaled else 0)
 
 
 def _input_per_token(

@@ -15,6 +15,8 @@ head and loss       3 * 2*T*V*H at the rate of the compute type; logits: 6 passe
 activations         bytes per token and element of a layer's input and output, see below
 weights             bytes per weight of a linear layer, per micro-batch and per step, see below
 optimizer           40*P bytes: norm (4), clip (8), AdamW (reads w, g, m, v: 16; writes w, m, v: 12)
+computed again      where activation checkpointing is on: the blocks' forward once more; under selective without
+                    attention and products narrower than their input (see :mod:`bitnet_train.nn.recompute`)
 orthogonalisation   Muon alone: per iteration 4*s*s*l + 2*s*s*s operations of bf16 for each matrix of the blocks, s its
                     shorter and l its longer side
 ==================  ====================================================================================================
@@ -59,7 +61,7 @@ eager torchao       (41+c) + (13+2c)      (20+c) + 2c           (41+1) + (9+4)
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitnet_train.nn.config import DecoderConfig, ResidualDtype
+from bitnet_train.nn.config import ActivationCheckpointing, DecoderConfig, ResidualDtype
 from bitnet_train.nn.layout import block_linears
 from bitnet_train.planning.parameters import count_parameters
 from bitnet_train.quant.spec import QuantSpec
@@ -194,7 +196,8 @@ class StepWork:
     """A training step: tokens in all, in how many micro-batches, of which length, and the compute type (bf16, fp32).
 
     ``linears`` says how each linear layer of the blocks runs, by its full name; ``newton_schulz`` is the number of
-    iterations with which Muon orthogonalises their updates, 0 for AdamW.
+    iterations with which Muon orthogonalises their updates, 0 for AdamW. ``checkpointing`` says what the backward pass
+    computes again.
     """
 
     tokens: int
@@ -203,6 +206,7 @@ class StepWork:
     compute: str
     linears: Mapping[str, LinearWork]
     newton_schulz: int = 0
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
 
 
 def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> dict[str, float]:
@@ -210,26 +214,33 @@ def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> d
     compute, residual = (2 if work.compute == "bf16" else 4), _residual_bytes(cfg)
     float_rate = rates.matmul(work.compute)
     tokens, micro = work.tokens, work.micro_batches
-    matmuls = activations = weights = 0.0
+    matmuls = activations = weights = again = 0.0
     for block in range(cfg.layers):
         met: set[str] = set()
         for name, (n, k) in block_linears(cfg).items():
             linear = work.linears[f"layers.{block}.{name}"]
             style = STYLES[linear.style]
             matmuls += matmul_seconds(tokens, k, n, (linear.forward, linear.dx, linear.dw), rates)
+            first = SHARED.get(name, name) not in met
             for passes in (style.forward, style.backward):
-                activations += tokens * k * passes.each.of(residual, compute)
-                activations += tokens * n * passes.output.of(residual, compute)
-                if SHARED.get(name, name) not in met:
-                    activations += tokens * k * passes.shared.of(residual, compute)
+                activations += _touched(passes, tokens, k, n, first, residual, compute)
                 weights += micro * n * k * passes.weight.of(residual, compute)
+            if work.checkpointing is not ActivationCheckpointing.none:
+                again += _touched(style.forward, tokens, k, n, first, residual, compute) / rates.bandwidth
+                if work.checkpointing is ActivationCheckpointing.full or n >= k:
+                    again += matmul_seconds(tokens, k, n, (linear.forward,), rates)
+                    again += micro * n * k * style.forward.weight.of(residual, compute) / rates.bandwidth
             met.add(SHARED.get(name, name))
             weights += n * k * (style.refresh + ACCUMULATE_BYTES * (micro - 1))
+    # Of a forward pass.
+    attention = 4.0 * tokens * cfg.layers * cfg.attention_width * (work.sequence_length / 2) / float_rate
+    if work.checkpointing is ActivationCheckpointing.full:
+        again += attention
     parameters = count_parameters(cfg, QuantSpec()).total
     muon = sum(newton_schulz_operations(n, k) for n, k in block_linears(cfg).values()) * cfg.layers * work.newton_schulz
     return {
         "block matmuls": matmuls,
-        "attention": 3 * 4.0 * tokens * cfg.layers * cfg.attention_width * (work.sequence_length / 2) / float_rate,
+        "attention": 3 * attention,
         "head and loss": (
             3 * 2.0 * tokens * cfg.vocab * cfg.hidden / float_rate
             + LOGIT_PASSES * compute * tokens * cfg.vocab / rates.bandwidth
@@ -238,7 +249,15 @@ def step_prediction(cfg: DecoderConfig, work: StepWork, rates: DeviceRates) -> d
         "weights": weights / rates.bandwidth,
         "optimizer": OPTIMIZER_BYTES * parameters / rates.bandwidth,
         **({"orthogonalisation": muon / rates.bf16} if muon else {}),
+        **({"computed again": again} if again else {}),
     }
+
+
+def _touched(passes: Passes, tokens: int, k: int, n: int, first: bool, residual: int, compute: int) -> float:
+    """Bytes of activations in one direction of a layer (K, N), ``first`` if no layer before it read its input."""
+    shared = passes.shared.of(residual, compute) if first else 0
+    inputs = k * (passes.each.of(residual, compute) + shared)
+    return tokens * (inputs + n * passes.output.of(residual, compute))
 
 
 def newton_schulz_operations(n: int, k: int) -> int:

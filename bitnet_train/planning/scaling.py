@@ -138,7 +138,9 @@ def plan_scaling(cfg: RunConfig, settings: EstimateConfig) -> list[Plan]:
         own = -(-sequences // gpus)
         micro = min(own, _micro_batch(cfg, own))
         count = -(-own // micro)
-        memory = training_memory(model, spec, micro, length, cfg.trainer.precision, cfg.optimizer)
+        memory = training_memory(
+            model, spec, micro, length, cfg.trainer.precision, cfg.optimizer, cfg.trainer.activation_checkpointing
+        )
         for way in WAYS:
             sent = wire_bytes(way, counts, gpus, count)
             found.append(
@@ -171,6 +173,7 @@ def _computing(
             linears[full] = ours if full in quantised else LinearWork("compiled dense", "bf16", "bf16", "bf16")
     iterations = cfg.optimizer.ns_steps if isinstance(cfg.optimizer, MuonConfig) else 0
     length = cfg.text.sequence_length
-    work = StepWork(own * length, micro_batches, length, "bf16", linears, iterations)
+    again = cfg.trainer.activation_checkpointing
+    work = StepWork(own * length, micro_batches, length, "bf16", linears, iterations, again)
     terms = step_prediction(cfg.decoder, work, assumed_rates(gpu, settings))
     return sum(seconds / (shards if name == "optimizer" else 1) for name, seconds in terms.items())

@@ -11,7 +11,7 @@ from bitnet_train.data.images.config import ImageDataConfig
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.config import EvaluateConfig
 from bitnet_train.kernels.config import KernelConfig
-from bitnet_train.nn.config import DecoderConfig, InitConfig, ModelConfig, NormalInit
+from bitnet_train.nn.config import ActivationCheckpointing, DecoderConfig, InitConfig, ModelConfig, NormalInit
 from bitnet_train.nn.vision.config import ClassifierConfig
 from bitnet_train.quant.config import QuantConfig
 from bitnet_train.training.batch_warmup import BatchPlan, BatchStage, BatchStageConfig, batch_stages, even_cuts
@@ -39,13 +39,6 @@ class Strategy(Enum):
     auto = "auto"
     ddp = "ddp"
     fsdp = "fsdp"
-
-
-class ActivationCheckpointing(Enum):
-    """What of a block is computed again in the backward pass."""
-
-    none = "none"
-    full = "full"
 
 
 # Lightning's names for the arithmetic of everything that is not the integer product.
@@ -80,8 +73,9 @@ class TrainerConfig:
     # 2006.15704); fsdp: master weights, gradients and optimizer states are sharded over the processes (Zhao et al.,
     # arXiv 2304.11277; PyTorch's FSDP2), and quantised layers gather codes instead of weights.
     strategy: Strategy = Strategy.auto
-    # none, or full: each block keeps its input only and is computed again in the backward pass, which takes about a
-    # third more time and far less memory; the losses are the same bit for bit (arXiv 1604.06174). (Text only.)
+    # What the backward pass of a block computes again: none; selective: its wide products, from int8 codes that are
+    # kept, which takes about half the memory of none (arXiv 2205.05198 for floats); full: all but its inputs, which
+    # takes the least and about a third more time (arXiv 1604.06174). The losses are the same bits. (Text only.)
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     # Minutes without a finished step, validation and saving included, after which the stacks of all processes go to
     # the run folder (hang-rank*.txt) and the run ends with exit code 5; null for any time. The first step may take

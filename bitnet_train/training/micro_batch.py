@@ -26,7 +26,7 @@ from bitnet_train.planning.machine_memory import ResidentMemory, available_memor
 from bitnet_train.planning.memory import training_memory
 from bitnet_train.planning.optimizer_state import optimizer_state
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.config import ActivationCheckpointing, RunConfig, micro_batches, step_sequences
+from bitnet_train.training.config import RunConfig, micro_batches, step_sequences
 from bitnet_train.training.device import Choices
 from bitnet_train.training.module import PretrainingModule
 from bitnet_train.training.optimizers.build import build_optimizer
@@ -280,12 +280,10 @@ def _estimated(cfg: RunConfig, sizes: list[int], choices: Choices) -> MicroBatch
 
 def _planned(cfg: RunConfig, size: int, precision: str) -> int:
     spec, length = build_spec(cfg.quant), cfg.text.sequence_length
-    memory = training_memory(cfg.decoder, spec, size, length, precision, cfg.optimizer, _recomputed(cfg))
+    memory = training_memory(
+        cfg.decoder, spec, size, length, precision, cfg.optimizer, cfg.trainer.activation_checkpointing
+    )
     return memory.total - memory.master_weights
-
-
-def _recomputed(cfg: RunConfig) -> bool:
-    return cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
 
 
 def _surely(cfg: RunConfig, precision: str) -> int:
@@ -294,7 +292,9 @@ def _surely(cfg: RunConfig, precision: str) -> int:
     The loss's chunk is left out: it is planned for a GPU.
     """
     spec, length = build_spec(cfg.quant), cfg.text.sequence_length
-    memory = training_memory(cfg.decoder, spec, 1, length, precision, recomputed=_recomputed(cfg))
+    memory = training_memory(
+        cfg.decoder, spec, 1, length, precision, checkpointing=cfg.trainer.activation_checkpointing
+    )
     kept = sum(size for part, size in memory.activations.items() if part != "loss chunk")
     return memory.gradients + memory.code_buffers + kept
 

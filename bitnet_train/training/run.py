@@ -31,7 +31,7 @@ from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.callbacks.stop import StopOnSignal
 from bitnet_train.training.callbacks.tasks import Tasks, cut_evaluations
 from bitnet_train.training.callbacks.validation import Validation
-from bitnet_train.training.config import ActivationCheckpointing, RunConfig, batch_plan
+from bitnet_train.training.config import RunConfig, batch_plan
 from bitnet_train.training.datamodule import ShardDataModule
 from bitnet_train.training.device import choose
 from bitnet_train.training.distributed import group
@@ -155,7 +155,7 @@ def _train_from(
             initial, sentence = insert_sub_norms(cfg, initial, shards, manifest, load_tokenizer(shards), choices.device)
             console.print(sentence, markup=False)
         fill_weights(decoder, initial.masters)
-    decoder.checkpoint_activations(cfg.trainer.activation_checkpointing is ActivationCheckpointing.full)
+    decoder.checkpoint_activations(cfg.trainer.activation_checkpointing)
     quantisation = Quantisation(cfg, decoder)
     remembered = describe(decoder, choices, kernels, console)
     quantisation.set(first)

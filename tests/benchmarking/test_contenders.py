@@ -13,6 +13,8 @@ from bitnet_train.benchmarking.textbook import TextbookBitLinear
 from bitnet_train.config import Config, with_overrides
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
+from bitnet_train.nn.config import ActivationCheckpointing
+from bitnet_train.nn.decoder import Block
 from tests.benchmarking.conftest import SMALL
 from tests.composing import compose_config
 
@@ -108,6 +110,13 @@ def test_a_step_updates_weights_and_codes_and_is_the_same_for_everyone(small: Co
     assert kept is not None
     layer.keep(None)
     assert torch.equal(layer.quantised().codes, kept.codes)
+
+
+@pytest.mark.parametrize("name", ["ternary", "dense", "textbook_fp32_eager"])
+def test_every_contender_checkpoints_activations_as_the_recipe_does(small: Config, name: str) -> None:
+    (contender,) = named(with_overrides(small, ["trainer.activation_checkpointing=selective"], "here"), name)
+    blocks = [module for module in contender.decoder().modules() if isinstance(module, Block)]
+    assert {block.checkpointing for block in blocks} == {ActivationCheckpointing.selective}
 
 
 def test_variants_differ_from_the_recipe_in_their_overrides_only(small: Config) -> None:

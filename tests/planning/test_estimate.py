@@ -1,5 +1,6 @@
 """The estimate against real modules: parameters, what autograd saves, the optimizer's state and a real checkpoint."""
 
+import gc
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from bitnet_train.commands.estimate import COUNT_UNITS, human
 from bitnet_train.export.config import ExportDtype
 from bitnet_train.nn.audit import audit
 from bitnet_train.nn.code_cache import CodeCache
-from bitnet_train.nn.config import Activation, DecoderConfig, Norms, ResidualDtype
+from bitnet_train.nn.config import Activation, ActivationCheckpointing, DecoderConfig, Norms, ResidualDtype
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.nn.layout import Role, parameter_table
 from bitnet_train.planning.curve import characteristic_points, draw
 from bitnet_train.planning.flops import forward_flops, forward_flops_per_token, training_flops_per_token
-from bitnet_train.planning.memory import training_memory
+from bitnet_train.planning.memory import FLOAT32, training_memory
 from bitnet_train.planning.parameters import count_parameters
 from bitnet_train.planning.sizes import ENTRY_BYTES, checkpoint_bytes, export_sizes
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
@@ -49,10 +50,12 @@ def family(name: str, **changes: object) -> DecoderConfig:
     return replace(SMALL, norms=norms, activation=activation, **changes)  # type: ignore[arg-type]
 
 
-def saved_bytes(cfg: DecoderConfig, spec: QuantSpec, bf16: bool, recomputed: bool = False) -> int:
+def saved_bytes(
+    cfg: DecoderConfig, spec: QuantSpec, bf16: bool, what: ActivationCheckpointing = ActivationCheckpointing.none
+) -> int:
     """Bytes of all storages that autograd keeps for the backward pass, parameters and buffers aside."""
     model = Decoder(cfg, spec)
-    model.checkpoint_activations(recomputed)
+    model.checkpoint_activations(what)
     CodeCache(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -64,12 +67,19 @@ def saved_bytes(cfg: DecoderConfig, spec: QuantSpec, bf16: bool, recomputed: boo
         return tensor
 
     ids = torch.randint(0, cfg.vocab, (BATCH, LENGTH + 1))
+    before = {id(thing) for thing in gc.get_objects()}
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
     ):
         loss = linear_cross_entropy(model.hidden_states(ids[:, :-1]), model.head_weight, ids[:, 1:])
     assert loss.requires_grad
+    if what is ActivationCheckpointing.selective:
+        # What it keeps is no saved tensor of autograd's.
+        known = {id(loss), id(ids)} | before
+        for thing in [*gc.get_objects()]:
+            if id(thing) not in known and isinstance(thing, torch.Tensor):
+                note(thing)
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -88,13 +98,19 @@ def test_activation_memory_is_what_autograd_saves(name: str, spec: str, bf16: bo
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_blocks_that_are_computed_again_keep_their_inputs(name: str, spec: str, bf16: bool) -> None:
+@pytest.mark.parametrize("what", [ActivationCheckpointing.full, ActivationCheckpointing.selective])
+def test_blocks_that_are_computed_again_keep_their_inputs(
+    name: str, spec: str, bf16: bool, what: ActivationCheckpointing
+) -> None:
     precision = "bf16-mixed" if bf16 else "32-true"
     for residual in (ResidualDtype.float32, *([ResidualDtype.bfloat16] if bf16 else [])):
         cfg = family(name, residual_dtype=residual)
-        again = training_memory(cfg, SPECS[spec], BATCH, LENGTH, precision, recomputed=True).activations
-        expected = again["block inputs"] + again["head and loss"]
-        assert saved_bytes(cfg, SPECS[spec], bf16, recomputed=True) == pytest.approx(expected, rel=0.01)
+        again = training_memory(cfg, SPECS[spec], BATCH, LENGTH, precision, checkpointing=what).activations
+        expected = again["block inputs"] + again.get("kept of every block", 0) + again["head and loss"]
+        found = saved_bytes(cfg, SPECS[spec], bf16, what)
+        # Rotary tables are counted with what selective checkpointing keeps.
+        found -= FLOAT32 * LENGTH * cfg.head_dim * (what is ActivationCheckpointing.selective)
+        assert found == pytest.approx(expected, rel=0.01)
         whole = training_memory(cfg, SPECS[spec], BATCH, LENGTH, precision).activations
         blocks = sum(size for part, size in whole.items() if part not in ("head and loss", "loss chunk"))
         if spec != "mixed":  # whose blocks differ: the largest counts

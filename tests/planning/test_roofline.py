@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.config import ActivationCheckpointing, DecoderConfig
 from bitnet_train.planning.roofline import (
     STYLES,
     DeviceRates,
@@ -54,6 +54,18 @@ def test_muon_orthogonalises_the_matrices_of_the_blocks() -> None:
     operations = 2 * (4 * 4 * 4 * 4 + 2 * 4**3) + 2 * (4 * 2 * 2 * 4 + 2 * 2**3) + 3 * (4 * 4 * 4 * 6 + 2 * 4**3)
     assert step_prediction(MODEL, five, RATES)["orthogonalisation"] == pytest.approx(5 * operations / 2)
     assert "orthogonalisation" not in step_prediction(MODEL, work("compiled dense", "fp32"), RATES)
+
+
+def test_what_is_computed_again_costs_a_forward_or_part_of_it() -> None:
+    plain = work("compiled dense", "fp32")
+    full = step_prediction(MODEL, replace(plain, checkpointing=ActivationCheckpointing.full), RATES)
+    # 120 weights and attention once; (2r + 3c) = 20 bytes per shared input, 2c = 8 per output, 4 + 2c = 12 per weight.
+    passes = 8 * (18 * 20 + 28 * 8)
+    assert full["computed again"] == 120 * 2 * 8 + 4 * 8 * 4 * 4 + passes + 120 * 12
+    selective = step_prediction(MODEL, replace(plain, checkpointing=ActivationCheckpointing.selective), RATES)
+    # Not k, v (2x4) and down (4x6), which are narrow, and not attention.
+    assert selective["computed again"] == 80 * 2 * 8 + passes + 80 * 12
+    assert "computed again" not in step_prediction(MODEL, plain, RATES)
 
 
 def test_a_ternary_step_runs_each_matmul_at_its_rate() -> None:

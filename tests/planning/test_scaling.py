@@ -79,6 +79,20 @@ def test_more_gpus_than_sequences_take_one_each() -> None:
     }  # fmt: skip
 
 
+def test_activation_checkpointing_takes_time_for_memory() -> None:
+    plans = [
+        plan_scaling(
+            compose_config("+recipe=2b4t", "data.corpus.path=x", f"trainer.activation_checkpointing={what}"),
+            EstimateConfig(gpus=[8]),
+        )[0]
+        for what in ("none", "selective", "full")
+    ]
+    memory, computing = ([getattr(plan, name) for plan in plans] for name in ("memory_total", "computing"))
+    assert memory == sorted(memory, reverse=True)
+    assert computing == sorted(computing)
+    assert 1.2 < computing[2] / computing[0] < 4 / 3
+
+
 def test_published_rates_are_scaled_by_what_is_assumed() -> None:
     rates = assumed_rates(GPUS[GpuKind.h100], EstimateConfig(matmul_share=0.5, memory_share=0.25))
     assert (rates.bf16, rates.bandwidth) == (494.7e12, 0.8375e12)

@@ -3,10 +3,11 @@
 from bitnet_train.data.images.config import check_images, check_source
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.config import EvaluateConfig
+from bitnet_train.nn.config import ActivationCheckpointing
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.nn.vision.config import check_classifier, check_classifier_init
 from bitnet_train.quant.spec import build_spec
-from bitnet_train.training.config import ActivationCheckpointing, RunConfig, SamplesConfig
+from bitnet_train.training.config import RunConfig, SamplesConfig
 from bitnet_train.training.losses.config import CrossEntropyLoss
 
 # Commands that only a language model has a meaning for, and what stands in their place.
