@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/effects.json"))
     parser.add_argument("--reverse", action="store_true", help="last option first: for a second process beside one")
     parser.add_argument("--only", default="", help="options whose name contains this")
+    parser.add_argument("--seed", type=int, help="runs of this seed alone")
     arguments = parser.parse_args()
     if arguments.job == "screen":
         tries = [(o, settings, "micro", 300, 1) for options in SCREEN.values() for o, settings in options.items()]
@@ -245,6 +246,8 @@ def main() -> None:
         tries = [(o, settings, "tiny", CONFIRM_STEPS, s) for s in CONFIRM_SEEDS for o, settings in CONFIRM.items()]
     for option, overrides, recipe, steps, seed in tries[::-1] if arguments.reverse else tries:
         known = read(arguments.results).get(arguments.job, {})
+        if arguments.seed not in (None, seed):
+            continue
         if arguments.job == "table" or arguments.only not in option or f"{option}, {seed}" in known:
             continue
         value = measure(option, overrides, recipe, steps, seed, arguments)

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from bitnet_train.training.module import TrainingModule
-from tests.training.conftest import workspace, write_corpus
-from tests.training.in_process import InProcess
+from tests.training.conftest import InProcess, workspace, write_corpus
 
 __all__ = ["workspace"]
 DISK = 6 << 20

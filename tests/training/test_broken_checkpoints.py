@@ -11,8 +11,7 @@ import torch
 
 from bitnet_train.durable import check_archive
 from bitnet_train.training.callbacks.checkpoint import point_last_to, prune, write_archive
-from tests.training.conftest import write_corpus
-from tests.training.in_process import InProcess
+from tests.training.conftest import InProcess, write_corpus
 
 RUN = ("run_name=a", "schedule=constant", "samples.every_steps=2", "checkpoint.keep=3")
 

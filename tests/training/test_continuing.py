@@ -33,7 +33,9 @@ def test_kill_9_and_the_same_command_gives_the_losses_of_an_undisturbed_run(
     workspace: Workspace, variant: tuple[str, ...]
 ) -> None:
     settings = (*variant, "trainer.max_steps=60")
-    workspace.threads = "2" if "trainer.compile=true" in variant else "1"
+    if "trainer.compile=true" in variant:
+        workspace = Workspace(workspace.folder)
+        workspace.threads = "2"
     code, output = workspace.run(*settings, "run_name=whole")
     assert code == 0, output
     process = workspace.start(*settings, "run_name=killed")

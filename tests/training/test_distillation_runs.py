@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bitnet_train.data.tokenizer import load_tokenizer
-from tests.training.conftest import Workspace
-from tests.training.in_process import InProcess
+from tests.training.conftest import InProcess, Workspace
 from tests.training.test_distillation import llama
 
 NAMES = ("train/loss", "loss/total", "loss/distillation", "grad_norm", "codes/flips")

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from tests.training.conftest import Workspace
-from tests.training.in_process import InProcess
+from tests.training.conftest import InProcess, Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEARNED = ("quant.weight.trainable_scale=true", "quant.weight.groups=4")

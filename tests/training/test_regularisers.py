@@ -24,8 +24,7 @@ from bitnet_train.training.regularisers.config import (
     strength_at,
 )
 from bitnet_train.training.regularisers.penalties import build_regulariser, code_penalty, entropy_penalty, fixed_point
-from tests.training.conftest import Workspace
-from tests.training.in_process import InProcess
+from tests.training.conftest import InProcess, Workspace
 
 CFG = DecoderConfig(hidden=32, layers=2, heads=2, kv_heads=1, ffn=64, context=64, vocab=97)
 

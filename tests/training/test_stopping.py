@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import Workspace
-from tests.training.in_process import InProcess
+from tests.training.conftest import InProcess, Workspace
 
 
 def interrupt_when(workspace: Workspace, process: subprocess.Popen[str], pattern: str, number: int) -> str:
