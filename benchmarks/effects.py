@@ -130,21 +130,25 @@ SCREEN: dict[str, dict[str, list[str]]] = {
 
 
 # Option -> overrides on +recipe=tiny, over several epochs. The first is the baseline, "dense" the twin to come near to.
+ADAMW = ["optimizer=adamw", "optimizer.lr=4e-3"]
+DENSE_ADAMW = ["quant=none", "optimizer=adamw", "optimizer.lr=3e-3"]
+MUON = ["optimizer=muon", "optimizer.lr=2e-2"]
+LAMBDA = ["quant/progressive=lambda"]
 CONFIRM: dict[str, list[str]] = {
-    "ternary (tiny)": [],
-    "dense": ["quant=none", "optimizer.lr=3e-3"],
-    "muon lr 2e-2": ["optimizer=muon", "optimizer.lr=2e-2"],
-    "muon, lambda": ["optimizer=muon", "optimizer.lr=2e-2", "quant/progressive=lambda"],
-    "dense, muon": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2"],
-    "lambda linear 20 %": ["quant/progressive=lambda"],
-    "wsd": ["schedule=wsd"],
-    "dense, wsd": ["quant=none", "optimizer.lr=3e-3", "schedule=wsd"],
-    "muon, wsd": ["optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
-    "dense, muon, wsd": ["quant=none", "optimizer=muon", "optimizer.lr=2e-2", "schedule=wsd"],
-    "lr 8e-3": ["optimizer.lr=8e-3"],
-    "dense, lr 6e-3": ["quant=none", "optimizer.lr=6e-3"],
-    "warm-up 20 %": ["schedule.warmup=0.2"],
-    "blocks at half the rate": ["optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
+    "ternary (tiny)": ADAMW,
+    "dense": DENSE_ADAMW,
+    "muon lr 2e-2": MUON,
+    "muon, lambda": [*MUON, *LAMBDA],
+    "dense, muon": ["quant=none", *MUON],
+    "lambda linear 20 %": [*ADAMW, *LAMBDA],
+    "wsd": [*ADAMW, "schedule=wsd"],
+    "dense, wsd": [*DENSE_ADAMW, "schedule=wsd"],
+    "muon, wsd": [*MUON, "schedule=wsd"],
+    "dense, muon, wsd": ["quant=none", *MUON, "schedule=wsd"],
+    "lr 8e-3": ["optimizer=adamw", "optimizer.lr=8e-3"],
+    "dense, lr 6e-3": ["quant=none", "optimizer=adamw", "optimizer.lr=6e-3"],
+    "warm-up 20 %": [*ADAMW, "schedule.warmup=0.2"],
+    "blocks at half the rate": [*ADAMW, "optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
 CONFIRM_STEPS = 2100
 CONFIRM_SEEDS = (1, 2, 3)

@@ -25,7 +25,7 @@ Commands (command=...)
 Examples (each after python -m bitnet_train)
   +recipe=tiny                             train on this Python's source, under 3 minutes
   +recipe=tiny quant=none run_name=dense   the same without quantisation
-  -m +recipe=tiny optimizer.lr=2e-3,4e-3   a sweep, each job in its own run folder
+  -m +recipe=tiny optimizer.lr=1e-2,2e-2   a sweep, each job in its own run folder
   +recipe=2b4t command=estimate            what BitNet b1.58 2B4T takes
   -m +recipe=digits_vit quant=none,ternary,binary      images: float, ternary and binary
   +recipe=small data=files data.corpus.path=~/texts

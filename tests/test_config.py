@@ -178,7 +178,7 @@ def test_every_key_that_may_change_is_tried_below() -> None:
 @pytest.mark.parametrize("key", MAY_CHANGE)
 def test_a_continued_run_may_change(key: str) -> None:
     # guard.max_rollbacks says nothing about a run that never goes back.
-    base = ["+recipe=tiny", "guard.skip_non_finite=true", "guard.rollback_after=2"]
+    base = ["+recipe=tiny", "optimizer=adamw", "guard.skip_non_finite=true", "guard.rollback_after=2"]
     changed = compose_config(*base, ALLOWED[key])
     assert changed != compose_config(*base), "the override changes nothing"
     check_continuation(to_plain(compose_config(*base)), changed, ORIGIN)

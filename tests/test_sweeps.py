@@ -34,7 +34,7 @@ def jobs(folder: Path) -> set[str]:
 
 def test_a_sweep_expands_to_its_lines_where_it_stands() -> None:
     lines = put_sweeps_in(["+recipe=tiny", "+sweep=lr", "seed=2"], CATALOGUE, True)
-    assert lines == ["+recipe=tiny", "optimizer.lr=1e-3,2e-3,4e-3,8e-3,16e-3", "seed=2"]
+    assert lines == ["+recipe=tiny", "optimizer.lr=2e-3,4e-3,8e-3,16e-3,32e-3", "seed=2"]
     both = put_sweeps_in(["+sweep=clip", "+sweep=init"], CATALOGUE, True)
     assert [line.partition("=")[0] for line in both] == ["clip", "init", "init.sub_norm_gain"]
 

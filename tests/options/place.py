@@ -17,7 +17,8 @@ from tests.composing import fresh_recipes
 from tests.conftest import make_text
 
 TEXT = (
-    "+recipe=tiny", "data=files", "data.corpus.path=@corpus@", "data.tokenizer.vocab_size=320",
+    "+recipe=tiny", "optimizer=adamw", "optimizer.lr=4e-3", "data=files", "data.corpus.path=@corpus@",
+    "data.tokenizer.vocab_size=320",
     "data.sequence_length=32", "data.corpus.validation_every=10", "model.hidden=32", "model.layers=2", "model.heads=2",
     "model.kv_heads=2", "model.ffn=64", "trainer.batch_tokens=256", "samples.every_steps=null",
     "samples.max_new_tokens=8", "quant.gradient.dx=bf16", "quant.gradient.dw=bf16",

@@ -164,7 +164,9 @@ def test_its_bytes_are_a_quarter_and_are_estimated() -> None:
     assert held == optimizer_state(AdamW8bitConfig(), CFG).bytes
     assert held < 0.5 * optimizer_state(AdamWConfig(), CFG).bytes
     settings = ("+recipe=tiny", "optimizer=adamw_8bit")
-    assert optimizer_bytes(compose_config(*settings)) < 0.3 * optimizer_bytes(compose_config(*settings[:1]))
+    assert optimizer_bytes(compose_config(*settings)) < 0.3 * optimizer_bytes(
+        compose_config("+recipe=tiny", "optimizer=adamw")
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def _check_sharded(cfg: RunConfig) -> None:
             "adamw_8bit": "keeps moments in blocks that shards of uneven size would cut",
         }.get(cfg.optimizer.name, "is not written for shards")
         raise ConfigError(
-            f"optimizer={cfg.optimizer.name} {why}, and trainer.strategy=fsdp shards them: use optimizer=adamw or "
-            "trainer.strategy=ddp."
+            f"optimizer={cfg.optimizer.name} {why}, and trainer.strategy=fsdp shards them: use trainer.strategy=ddp, "
+            "or optimizer=adamw and an optimizer.lr for it."
         )
     if cfg.quant.progressive.name != "none":
         raise ConfigError(

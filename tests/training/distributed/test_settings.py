@@ -34,7 +34,9 @@ from tests.composing import compose_config
 )
 def test_what_cannot_be_is_refused_when_it_is_composed(settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        compose_config("+recipe=tiny", "trainer.batch_tokens=4096", "data.sequence_length=256", *settings)
+        compose_config(
+            "+recipe=tiny", "optimizer=adamw", "trainer.batch_tokens=4096", "data.sequence_length=256", *settings
+        )
     assert message in str(error.value)
 
 
