@@ -150,6 +150,16 @@ CONFIRM: dict[str, list[str]] = {
     "warm-up 20 %": [*ADAMW, "schedule.warmup=0.2"],
     "blocks at half the rate": [*ADAMW, "optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
+# The dense twin of each ternary option: the same optimizer and schedule.
+TWINS = {
+    "ternary (tiny)": "dense",
+    "lambda linear 20 %": "dense",
+    "wsd": "dense, wsd",
+    "muon lr 2e-2": "dense, muon",
+    "muon, lambda": "dense, muon",
+    "muon, wsd": "dense, muon, wsd",
+    "lr 8e-3": "dense, lr 6e-3",
+}
 CONFIRM_STEPS = 2100
 CONFIRM_SEEDS = (1, 2, 3)
 
@@ -213,23 +223,32 @@ def screen_table(results: dict[str, float]) -> str:
 
 
 def confirm_table(results: dict[str, float]) -> str:
-    """The options of CONFIRM: mean over the seeds, and the mean paired difference with its standard error."""
+    """The options of CONFIRM: the mean over its seeds, and the mean paired difference (with its standard error where
+    there are several) to the baseline and to the dense twin of the same optimizer and schedule."""
     known = {
-        option: [results.get(f"{option}, {seed}", math.nan) for seed in CONFIRM_SEEDS] for option in CONFIRM
-    }  # fmt: skip
-    baseline, dense = known[next(iter(CONFIRM))], known["dense"]
+        option: {seed: results[f"{option}, {seed}"] for seed in CONFIRM_SEEDS if f"{option}, {seed}" in results}
+        for option in CONFIRM
+    }
+    baseline = next(iter(CONFIRM))
     lines = [
-        "| option | bits per byte (mean of seeds) | against the baseline (paired, standard error) | against dense |",
-        "| --- | --- | --- | --- |",
+        "| option | seeds | bits per byte | against the baseline | against its dense twin |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for option, values in known.items():
-        against = []
-        for other in (baseline, dense):
-            shares = [value / base - 1 for value, base in zip(values, other, strict=True)]
-            error = statistics.stdev(shares) / math.sqrt(len(shares)) if not any(map(math.isnan, shares)) else math.nan
-            against.append(f"{statistics.fmean(shares):+.2%} +- {error:.2%}")
-        lines.append(f"| {option} | {statistics.fmean(values):.4f} | {against[0]} | {against[1]} |")
+        if values:
+            against = [paired(values, known[other]) if other else "" for other in (baseline, TWINS.get(option))]
+            mean = statistics.fmean(values.values())
+            lines.append(f"| {option} | {len(values)} | {mean:.4f} | {against[0]} | {against[1]} |")
     return "\n".join(lines)
+
+
+def paired(values: dict[int, float], others: dict[int, float]) -> str:
+    """The mean share by which ``values`` exceed ``others`` on the seeds that both have."""
+    shares = [values[seed] / others[seed] - 1 for seed in values if seed in others]
+    if not shares or values == others:
+        return ""
+    error = f" ± {statistics.stdev(shares) / math.sqrt(len(shares)):.2%}" if len(shares) > 1 else ""
+    return f"{statistics.fmean(shares):+.2%}{error}"
 
 
 def main() -> None:

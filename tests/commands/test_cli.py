@@ -74,7 +74,7 @@ MISTAKES = [
      ["schedule=cosine has warmup, warmup_start, warmup_shape, final", "schedule=inverse_sqrt and wsd"]),
     (["+recipe=tiny", "schedule.name=cosine"], ["write schedule=cosine"]),
     (["+recipe=tiny", "optimizer.name=sgd"], ["write optimizer=sgd"]),
-    (["+recipe=tiny", "schedule.warmup=900"], ["schedule.warmup=900", "trainer.max_steps=800"]),
+    (["+recipe=tiny", "schedule.warmup=900"], ["schedule.warmup=900", "trainer.max_steps=600"]),
     (["+recipe=2b4t", "schedule.stages=[{share:0.5},{share:0.4}]"], ["add up to 0.9"]),
     (["+recipe=2b4t", "schedule.stages=[{lr:1.0}]"], ["schedule.stages[0].share has no value"]),
     (["+recipe=tiny", "+schedule=cosine"], ["without '+'"]),
@@ -267,7 +267,7 @@ def test_a_sweep_over_variants(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "steps"), [(["--cfg", "job"], 500), (["+recipe=tiny", "--cfg", "job", "--resolve"], 800)]
+    ("arguments", "steps"), [(["--cfg", "job"], 500), (["+recipe=tiny", "--cfg", "job", "--resolve"], 600)]
 )
 def test_cfg_prints_the_configuration(run: Run, tmp_path: Path, arguments: list[str], steps: int) -> None:
     code, out, err = run(*arguments)

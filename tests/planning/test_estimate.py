@@ -50,6 +50,11 @@ def family(name: str, **changes: object) -> DecoderConfig:
     return replace(SMALL, norms=norms, activation=activation, **changes)  # type: ignore[arg-type]
 
 
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python holds. (By type: isinstance asks lazy modules of transformers to load.)"""
+    return [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+
+
 def saved_bytes(
     cfg: DecoderConfig, spec: QuantSpec, bf16: bool, what: ActivationCheckpointing = ActivationCheckpointing.none
 ) -> int:
@@ -67,19 +72,20 @@ def saved_bytes(
         return tensor
 
     ids = torch.randint(0, cfg.vocab, (BATCH, LENGTH + 1))
-    before = {id(thing) for thing in gc.get_objects()}
+    selective = what is ActivationCheckpointing.selective
+    before = live_tensors() if selective else []
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
     ):
         loss = linear_cross_entropy(model.hidden_states(ids[:, :-1]), model.head_weight, ids[:, 1:])
     assert loss.requires_grad
-    if what is ActivationCheckpointing.selective:
+    if selective:
         # What it keeps is no saved tensor of autograd's.
-        known = {id(loss), id(ids)} | before
-        for thing in [*gc.get_objects()]:
-            if id(thing) not in known and isinstance(thing, torch.Tensor):
-                note(thing)
+        known = {id(tensor) for tensor in [loss, ids, *before]}
+        for tensor in live_tensors():
+            if id(tensor) not in known:
+                note(tensor)
     return sum(storage.nbytes() for storage in storages.values())
 
 
