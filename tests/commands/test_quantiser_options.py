@@ -182,7 +182,7 @@ MISTAKES = [
     (["quant/progressive=lambada"], ["quant/progressive=lambada", "mean 'lambda'"]),
     (["quant.progressive.until=0.5"], ["quant/progressive=none has no settings", "until belongs to quant/progr"]),
     (["quant.progressive.name=lambda"], ["write quant/progressive=lambda"]),
-    (["quant/progressive=lambda", "quant.progressive.until=900"], ["step 900", "trainer.max_steps=800"]),
+    (["quant/progressive=lambda", "quant.progressive.until=900"], ["step 900", "trainer.max_steps=600"]),
     (["quant/progressive=lambda", "quant.progressive.until=.nan"], ["nan"]),
     (["quant/progressive=lambda", "quant.progressive.shape=square"], ["quant.progressive.shape=square"]),
     (["quant/progressive=bits", "quant.progressive.stages=[{bits:8}]"], ["until"]),

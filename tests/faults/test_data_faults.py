@@ -1,9 +1,11 @@
 """Token shards that vanish, shrink or change while a run reads them, and loader processes that are killed."""
 
+import multiprocessing.connection
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,14 +103,30 @@ def test_an_id_beyond_the_vocabulary_is_named_with_shard_and_offset(prepared: Pl
         assert said.startswith("bitnet_train: In step ")
 
 
-def test_a_killed_loader_process_stops_the_run_cleanly(prepared: Place, whole: Figures) -> None:
-    def kill() -> None:
-        for child in torch.multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
+def kill_loaders(_: pytest.MonkeyPatch) -> None:
+    for child in torch.multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
 
-    prepared.at_step[5] = kill
-    said = prepared.refused(*COMMAND, "data.workers=2")
-    assert "a data loader process (" in said
+
+def cut_off_loaders(patch: pytest.MonkeyPatch) -> None:
+    """As if each died while it hands a batch over, before the system has noticed."""
+
+    def connect(*_: object, **__: object) -> None:
+        raise EOFError
+
+    patch.setattr(multiprocessing.connection, "Client", connect)
+
+
+@pytest.mark.parametrize("fault", [kill_loaders, cut_off_loaders])
+def test_a_killed_loader_process_stops_the_run_cleanly(
+    prepared: Place, whole: Figures, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        prepared.at_step[5] = lambda: fault(patch)
+        said = prepared.refused(*COMMAND, "data.workers=2")
+    # Killed in the middle of a batch or not, by chance; cut off always.
+    end = r" ended in the middle of a batch" if fault is cut_off_loaders else r"( \(| ended in the middle of a batch)"
+    assert re.search(rf"In step \d+ a data loader process{end}", said)
     assert "free memory or lower data.workers" in said
     assert "runs/a/checkpoints/last.ckpt is intact, and the same command goes on from it" in said
     prepared.done(*COMMAND, "data.workers=2")

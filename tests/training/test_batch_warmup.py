@@ -105,7 +105,7 @@ def test_the_command_line_is_answered_at_composition() -> None:
 
 def test_the_estimate_counts_the_smaller_batches() -> None:
     stages = "trainer.batch_warmup=[{until: 100, tokens: 1024}, {until: 0.25, tokens: 2048}]"
-    cfg = compose_config("+recipe=tiny", stages, "trainer.micro_batch=auto")
+    cfg = compose_config("+recipe=tiny", "trainer.max_steps=800", stages, "trainer.micro_batch=auto")
     figures = estimate(cfg, cfg.export.dtype)
     assert figures.tokens == 100 * 1024 + 100 * 2048 + 600 * 4096
     assert figures.batch.micro_batch in (4, 8, 16)
