@@ -129,11 +129,11 @@ SCREEN: dict[str, dict[str, list[str]]] = {
 }  # fmt: skip
 
 
-# Option -> overrides on +recipe=tiny, over several epochs. The first is the baseline, "dense" the twin to come near to.
 ADAMW = ["optimizer=adamw", "optimizer.lr=4e-3"]
 DENSE_ADAMW = ["quant=none", "optimizer=adamw", "optimizer.lr=3e-3"]
 MUON = ["optimizer=muon", "optimizer.lr=2e-2"]
 LAMBDA = ["quant/progressive=lambda"]
+# Option -> overrides on +recipe=tiny, over several epochs. The first is the baseline.
 CONFIRM: dict[str, list[str]] = {
     "ternary (tiny)": ADAMW,
     "dense": DENSE_ADAMW,

@@ -17,23 +17,26 @@ from trainings import rows
 from trainings import train as start
 
 DENSE = "dense (the teacher)"
-FROM_DENSE, SCRATCH = 300, 600  # steps
+TEACHER, FROM_DENSE, SCRATCH = 600, 300, 400  # steps
 START = [
     "+recipe=finetune", "data=stdlib", "init.from=DENSE", "optimizer.weight_decay=0.1", "quant.gradient.dw=int8",
     "trainer.batch_tokens=4096", "trainer.micro_batch=null", f"trainer.max_steps={FROM_DENSE}",
 ]  # fmt: skip
 BY_DEGREES = ["quant/progressive=lambda", "quant.progressive.until=0.3"]
 SMALL = ["+recipe=small", f"trainer.max_steps={SCRATCH}"]
+MUON = ["optimizer=muon", "optimizer.lr=2e-2"]
+ADAMW = ["optimizer=adamw", "optimizer.lr=3e-3"]
 TAUGHT = ["loss=distillation", "loss.teacher=DENSE", "loss.temperature=2"]
 RUNS: dict[str, list[str]] = {
-    DENSE: ["+recipe=small", "trainer.max_steps=1200", "quant=none", "optimizer.lr=2e-3"],
-    "start: at once, lr 3e-4": [*START, "optimizer.lr=3e-4"],
-    "start: by degrees, lr 3e-4": [*START, "optimizer.lr=3e-4", *BY_DEGREES],
+    DENSE: ["+recipe=small", f"trainer.max_steps={TEACHER}", "quant=none", *MUON],
+    "scratch: plain": [*SMALL, *MUON],
+    "scratch: taught, logits": [*SMALL, *MUON, *TAUGHT, "loss.logits=1"],
     "start: at once, lr 1e-3": [*START, "optimizer.lr=1e-3"],
     "start: by degrees, lr 1e-3": [*START, "optimizer.lr=1e-3", *BY_DEGREES],
-    "scratch: plain": SMALL,
-    "scratch: taught, logits": [*SMALL, *TAUGHT, "loss.logits=1"],
-    "scratch: taught, logits and relations": [*SMALL, *TAUGHT, "loss.logits=1", "loss.relations=10"],
+    "scratch: plain, AdamW": [*SMALL, *ADAMW],
+    "start: at once, lr 3e-4": [*START, "optimizer.lr=3e-4"],
+    "start: by degrees, lr 3e-4": [*START, "optimizer.lr=3e-4", *BY_DEGREES],
+    "scratch: taught, logits and relations": [*SMALL, *MUON, *TAUGHT, "loss.logits=1", "loss.relations=10"],
 }
 
 

@@ -21,19 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train import signals
 from bitnet_train.cluster.config import ClusterConfig
 from bitnet_train.cluster.job import PREEMPTED, Requeued, plan_requeue, requeue
-from bitnet_train.config import (
-    IN_JOBS,
-    KINDS,
-    ON_A_RUN,
-    VARIANTS,
-    Command,
-    Config,
-    check_keys,
-    from_plain,
-    may_change,
-    to_config,
-    with_kinds,
-)
+from bitnet_train.config import IN_JOBS, KINDS, ON_A_RUN, VARIANTS, Command, Config, from_plain, with_kinds
 from bitnet_train.data.corpus import open_corpus
 from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
 from bitnet_train.explain import check_overrides, explain, quoted
@@ -53,6 +41,7 @@ from bitnet_train.recipes import (
 from bitnet_train.secrets import masked
 from bitnet_train.storage import local_copy
 from bitnet_train.trust import check_flags
+from bitnet_train.validation import check_keys, may_change, to_config
 
 # Commands that read the corpus.
 NEED_TEXT = (Command.train, Command.prepare)

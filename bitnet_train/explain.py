@@ -20,10 +20,11 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from bitnet_train.config import KINDS, VARIANTS, Config, unknown_key
+from bitnet_train.config import KINDS, VARIANTS, Config
 from bitnet_train.errors import ConfigError, did_you_mean
 from bitnet_train.recipes import Catalogue, overridden, yaml_reason
 from bitnet_train.trust import check_setting
+from bitnet_train.validation import unknown_key
 
 # OmegaConf's names of types, in words.
 TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "Boolean": "true or false"}

@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_train.__main__ import LONGEST_NAME, Job, compose_job, hydra_main, run_job
-from bitnet_train.config import Command, may_change
+from bitnet_train.config import Command
 from bitnet_train.errors import BitnetTrainError, ConfigError
 from bitnet_train.explain import explain
 from bitnet_train.messages import of_the_machine, say
 from bitnet_train.recipes import Catalogue, check_one_kind, settle
+from bitnet_train.validation import may_change
 
 # Overrides that never name a sweep's job.
 NAMELESS = ("recipe", "run_name", "run", "command", "submit", "paths.runs", "paths.data")

@@ -10,9 +10,10 @@ from typing import NoReturn
 from bitnet_train import signals
 from bitnet_train.cluster.job import PREEMPTED
 from bitnet_train.commands import run
-from bitnet_train.config import from_plain, to_config
+from bitnet_train.config import from_plain
 from bitnet_train.errors import BitnetTrainError
 from bitnet_train.messages import TERMINATED, of_the_machine, say
+from bitnet_train.validation import to_config
 
 
 def main() -> NoReturn:

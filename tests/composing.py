@@ -8,8 +8,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from bitnet_train.config import Config, to_config
+from bitnet_train.config import Config
 from bitnet_train.recipes import config_folder, register, settle
+from bitnet_train.validation import to_config
 
 CATALOGUE = register(None)
 RECIPES = CATALOGUE.recipes

@@ -26,7 +26,7 @@ def test_imports_point_down() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", ["bitnet_train.config", "bitnet_train.recipes", "bitnet_train.explain"])
+@pytest.mark.parametrize("module", ["bitnet_train.validation", "bitnet_train.recipes", "bitnet_train.explain"])
 def test_the_configuration_loads_nothing_heavy(module: str) -> None:
     assert loaded_by(module, HEAVY) == []
 

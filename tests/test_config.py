@@ -11,22 +11,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from bitnet_train.config import (
-    KINDS,
-    MAY_CHANGE,
-    VARIANTS,
-    Config,
-    check_continuation,
-    flatten,
-    from_plain,
-    known_keys,
-    to_plain,
-    to_yaml,
-    unknown_key,
-    validate,
-)
+from bitnet_train.config import KINDS, VARIANTS, Config, flatten, from_plain, to_plain, to_yaml
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.schedules.config import WsdSchedule
+from bitnet_train.validation import MAY_CHANGE, check_continuation, known_keys, unknown_key, validate
 from tests.composing import RECIPES, choosing, compose_config
 
 ORIGIN = Path("runs/tiny/config.yaml")

@@ -18,8 +18,9 @@ from bitnet_train.benchmarking.run_layers import LayerResults, run_layers
 from bitnet_train.benchmarking.run_step import run_step
 from bitnet_train.benchmarking.tables import Grid, layer_grids, layer_notes, profile_grid, step_grid, step_notes
 from bitnet_train.commands.console import make_console, print_table
-from bitnet_train.config import Config, to_plain, with_overrides
+from bitnet_train.config import Config, to_plain
 from bitnet_train.training.device import choose
+from bitnet_train.validation import with_overrides
 
 
 def run(cfg: Config) -> int:

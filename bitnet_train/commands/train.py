@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bitnet_train.commands.console import loudly, make_console
 from bitnet_train.commands.prepare import ensure_prepared
-from bitnet_train.config import Config, check_continuation, to_plain, to_yaml, validate
+from bitnet_train.config import Config, to_plain, to_yaml
 from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
@@ -26,6 +26,7 @@ from bitnet_train.training.config import processes
 from bitnet_train.training.distributed.checks import check_started
 from bitnet_train.training.losses.config import DistillationLoss
 from bitnet_train.training.run_folder import RunFolder, SilentRunFolder
+from bitnet_train.validation import check_continuation, validate
 
 
 def run(cfg: Config) -> int:

@@ -65,17 +65,27 @@ def png(chart: Chart, file: Path) -> None:
     _save(chart, (6.4, 3.6), file, format="png", dpi=130)
 
 
+def _inside(size: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Where the axes lie in a figure of ``size`` inches, as shares of it: left, bottom, width, height.
+
+    The margins are fixed and hold seven characters of a tick's label, and a power of ten above the axis: matplotlib's
+    own layout engines draw everything twice to find them, and a page has up to twenty charts.
+    """
+    left, right, bottom, top = 0.62, 0.12, 0.48, 0.46
+    width, height = size
+    return left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height
+
+
 def _save(chart: Chart, size: tuple[float, float], target: Any, **options: Any) -> None:
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     # Text as text: a page can be searched, and is a fifth of the size. The salt makes the ids, and so the file, the
     # same each time.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+        figure = Figure(figsize=size)
+        axes = figure.add_axes(_inside(size))
         for number, line in enumerate(line for line in chart.lines if not line.faint):
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(line.steps, line.values, color=colour, linewidth=1.6, label=line.name, zorder=3)
@@ -87,10 +97,14 @@ def _save(chart: Chart, size: tuple[float, float], target: Any, **options: Any) 
         axes.set_title(chart.title, fontsize=11, loc="left")
         if chart.logarithmic and all(v > 0 for line in chart.lines for v in line.values if math.isfinite(v)):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            # 2, 3, 4 and 6 as well, where an axis covers less than two powers of ten.
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         if len(chart.lines) > 1:
             axes.legend(fontsize=7.5, frameon=False)
         axes.grid(alpha=0.25)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
+        axes.yaxis.get_offset_text().set_fontsize(8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("optimizer step", fontsize=8)
         figure.savefig(target, **options)

@@ -10,11 +10,12 @@ from torch import nn
 from bitnet_train.benchmarking.contenders import Contender, line_up
 from bitnet_train.benchmarking.step import TrainingStep, compiled_alone
 from bitnet_train.benchmarking.textbook import TextbookBitLinear
-from bitnet_train.config import Config, with_overrides
+from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.bit_linear import BitLinear
 from bitnet_train.nn.config import ActivationCheckpointing
 from bitnet_train.nn.decoder import Block
+from bitnet_train.validation import with_overrides
 from tests.benchmarking.conftest import SMALL
 from tests.composing import compose_config
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from bitnet_train.__main__ import answer
-from bitnet_train.config import check_continuation, to_plain
+from bitnet_train.config import to_plain
 from bitnet_train.data.config import DataConfig, HubCorpus
 from bitnet_train.data.describe import describe
 from bitnet_train.errors import ConfigError
+from bitnet_train.validation import check_continuation
 from tests.composing import compose_config
 
 Run = Callable[..., tuple[int, str]]

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from bitnet_train.__main__ import answer
 from bitnet_train.commands.sources import load_model
-from bitnet_train.config import Config, from_plain, to_plain, to_yaml, validate
+from bitnet_train.config import Config, from_plain, to_plain, to_yaml
 from bitnet_train.data.config import DataConfig
 from bitnet_train.data.prepare import prepare, shard_folder
 from bitnet_train.data.tokenizer import load_tokenizer
@@ -34,6 +34,7 @@ from bitnet_train.quant.config import (
     WeightQuantConfig,
 )
 from bitnet_train.quant.spec import build_spec
+from bitnet_train.validation import validate
 from tests.composing import compose_config, fresh_recipes
 from tests.export.conftest import save_checkpoint
 

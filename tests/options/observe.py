@@ -18,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from bitnet_train.commands import train
-from bitnet_train.config import Config, to_config
+from bitnet_train.config import Config
 from bitnet_train.errors import BitnetTrainError
 from bitnet_train.nn.decoder import Block
 from bitnet_train.training.device import choose
 from bitnet_train.training.distributed import launch, watchdog
 from bitnet_train.training.distributed.strategy import several_processes
 from bitnet_train.training.module import PretrainingModule
+from bitnet_train.validation import to_config
 from tests.composing import CATALOGUE, compose_node
 from tests.options.place import SHORT, TEXT, Place
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from bitnet_train.commands import run as command
-from bitnet_train.config import Config, with_overrides
+from bitnet_train.config import Config
 from bitnet_train.errors import ConfigError, DivergedError
 from bitnet_train.quant.weights import quantise_weight
 from bitnet_train.training.module import PretrainingModule
+from bitnet_train.validation import with_overrides
 from tests.composing import compose_config
 from tests.training.conftest import SETTINGS, Workspace
 

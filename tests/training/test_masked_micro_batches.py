@@ -7,7 +7,7 @@ import torch
 
 from bitnet_train.training.losses.shares import share_of_targets
 from tests.conftest import make_text
-from tests.training.conftest import Workspace
+from tests.training.conftest import InProcess, Workspace
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
@@ -32,7 +32,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (folder / "corpus").write_text("")
     (folder / "talks.jsonl").write_text("".join(lines))
     (folder / "template").write_text(TEMPLATE)
-    workspace = Workspace(folder)
+    workspace = InProcess(folder)
     for name, reduction in (("whole-mean", "mean"), ("whole-sum", "sum")):
         go(workspace, name, f"loss.reduction={reduction}")
     return workspace
@@ -40,6 +40,8 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def go(talks: Workspace, name: str, *settings: str) -> None:
     where = (f"data.corpus.path={talks.folder}/talks.jsonl", f"data.corpus.template={talks.folder}/template")
+    if "trainer.devices=2" in settings:
+        talks = Workspace(talks.folder)
     code, output = talks.run(*SETTINGS, *where, f"run_name={name}", *settings)
     assert code == 0, output
 
