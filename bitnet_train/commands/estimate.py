@@ -165,8 +165,6 @@ def _memory(figures: Figures, cfg: Config) -> Table:
     memory = figures.memory
     precision = "auto, counted as bf16-mixed" if figures.precision == "auto" else figures.precision
     title = f"Training memory (an estimate; eager, micro-batch {figures.batch.micro_batch}, {precision})"
-    if isinstance(figures, ImageEstimate):
-        title = f"Training memory (an estimate; {precision}; activations and images are not counted)"
     table = _table(title, "component", "size")
     for name, value in (
         ("master weights (float32)", memory.master_weights),

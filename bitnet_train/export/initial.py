@@ -170,25 +170,23 @@ def _masters(
     coded = set()
     for parameter in parameter_table(cfg):
         layer = parameter.layer_name
-        if layer not in codes and layer in quantised:
+        theirs = codes.get(layer)
+        if layer not in quantised:
+            masters[parameter.name] = tensors[parameter.name] if theirs is None else theirs.dequantise()
+            continue
+        groups = quantised[layer].group_count(parameter.shape[0])
+        try:
             # Dense weights may be codes times scales; averaged once more, their scales would shrink.
-            dense = _codes_of_dense(tensors[parameter.name], quantised[layer].group_count(parameter.shape[0]))
-            if dense is None:
+            found = _codes_of_dense(tensors[parameter.name], groups) if theirs is None else _regrouped(theirs, groups)
+            if found is None:
                 masters[parameter.name] = tensors[parameter.name]
-            else:
-                masters[parameter.name] = masters_from_codes(dense, quantised[layer])
-                coded.add(layer)
-        elif layer not in codes:
-            masters[parameter.name] = tensors[parameter.name]
-        elif layer not in quantised:
-            masters[parameter.name] = codes[layer].dequantise()
-        else:
-            try:
-                found = _regrouped(codes[layer], quantised[layer].group_count(parameter.shape[0]))
-                masters[parameter.name] = masters_from_codes(found, quantised[layer])
-                coded.add(layer)
-            except ValueError as error:
-                raise ConfigError(f"init.from={source}: {layer}: {error}; set quant= as it was trained.") from None
+                continue
+            masters[parameter.name] = masters_from_codes(found, quantised[layer])
+        except ValueError as error:
+            raise ConfigError(f"init.from={source}: {layer}: {error}; set quant= as it was trained.") from None
+        if quantised[layer].trainable_scale:
+            masters[f"{layer}.weight_scale"] = found.scale
+        coded.add(layer)
     return masters, frozenset(coded)
 
 

@@ -1,7 +1,4 @@
-"""What the recipe of an image classifier will cost, from its configuration alone: no torch, no weights, no images.
-
-The memory is what training needs whatever the batch: activations are not counted.
-"""
+"""What the recipe of an image classifier will cost, from its configuration alone: no images, and nothing is trained."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,7 +70,7 @@ def estimate_images(cfg: RunConfig, dtype: ExportDtype) -> ImageEstimate:
         batch=plan,
         steps=cfg.trainer.max_steps,
         images=cfg.trainer.max_steps * plan.batch_sequences,
-        memory=_memory(model, spec, cfg.trainer.precision, cfg.optimizer),
+        memory=_memory(model, spec, cfg.trainer.precision, cfg.optimizer, plan.micro_batch),
         precision=cfg.trainer.precision,
         checkpoint_bytes=checkpoint_bytes(model, spec, cfg.optimizer),
         exports=export_sizes(model, spec, dtype),
@@ -82,8 +79,10 @@ def estimate_images(cfg: RunConfig, dtype: ExportDtype) -> ImageEstimate:
     )
 
 
-def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str, optimizer: OptimizerConfig) -> TrainingMemory:
-    """As :func:`bitnet_train.planning.memory.training_memory`, without activations."""
+def _memory(
+    cfg: ClassifierConfig, spec: QuantSpec, precision: str, optimizer: OptimizerConfig, images: int
+) -> TrainingMemory:
+    """As :func:`bitnet_train.planning.memory.training_memory`, for a micro-batch of ``images``."""
     counts, compute = count_parameters(cfg, spec), compute_bytes(precision)
     shapes = {p.layer_name: p.shape for p in parameter_table(cfg)}
     rows = sum(shapes[name][0] for name in quantised_layers(cfg, spec))
@@ -91,11 +90,42 @@ def _memory(cfg: ClassifierConfig, spec: QuantSpec, precision: str, optimizer: O
     # Autocast converts the weights of float layers; positions are added as they are.
     positions = shapes["positions"][0] * shapes["positions"][1] if "positions" in shapes else 0
     floats = counts.embedding - positions + counts.head + counts.linear.get("float", 0)
+    # What does not grow with the batch is counted above.
+    one, two = (saved_bytes(cfg, spec, compute != FLOAT32, number) for number in (1, 2))
     return TrainingMemory(
         master_weights=FLOAT32 * counts.total + scales,
         gradients=FLOAT32 * counts.total + scales,
         optimizer_state=optimizer_state(optimizer, cfg).bytes + 2 * scales,
         code_buffers=counts.quantised + FLOAT32 * rows,
         compute_copies=0 if compute == FLOAT32 else compute * floats,
-        activations={},
+        activations={"images": FLOAT32 * cfg.pixels * images, "kept for the backward pass": (two - one) * images},
     )
+
+
+def saved_bytes(cfg: ClassifierConfig, spec: QuantSpec, bf16: bool, images: int) -> int:
+    """Bytes that autograd keeps of ``images`` images for the backward pass, parameters and the images aside.
+
+    Measured by a forward pass of the eager modules on the CPU: a classifier is small, and torch is loaded here alone.
+    """
+    import torch
+
+    from bitnet_train.nn.vision.model import CLASSIFIERS
+
+    model = CLASSIFIERS[type(cfg)](cfg, spec)
+    batch = torch.zeros(images, cfg.channels, cfg.image_size, cfg.image_size)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), batch)}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, or another could get an address again
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages.setdefault(storage.data_ptr(), storage)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(batch)
+        torch.nn.functional.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.long))
+    return sum(storage.nbytes() for storage in storages.values())

@@ -204,11 +204,15 @@ def masters_from_codes(codes: Codes, layer: LayerQuant) -> Tensor:
     Ternary: all nonzero weights of a group get one magnitude, scale / share of nonzeros, whose mean is the scale; some
     of them the next larger float32, so that the mean rounds to the scale itself. Binary: the scale. A group without any
     nonzero code becomes zero, whatever its scale was, which nothing depends on. Symmetric, and layers whose scale is
-    learned or the median: ``code * scale``. Raises ValueError when the quantiser of ``layer`` does not give the codes
-    back (a binary layer of equal signs, a threshold above one, symmetric codes that do not reach the largest).
+    learned or the median: ``code * scale``; with a learned scale they are those codes under ``codes.scale`` as that
+    scale. Raises ValueError when the quantiser of ``layer`` does not give the codes back (a binary layer of equal
+    signs, a threshold above one, symmetric codes that do not reach the largest).
     """
     if layer.trainable_scale:
-        return codes.dequantise()
+        plain = codes.dequantise()
+        if not torch.equal(quantise_weight(plain, layer, codes.scale).codes, codes.codes):
+            raise ValueError("these codes are none that the layer's quantiser makes")
+        return plain
     if layer.scheme == "symmetric" or layer.statistic == "absmedian":
         plain = codes.dequantise()
         found = quantise_weight(plain, layer)

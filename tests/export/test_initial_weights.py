@@ -13,6 +13,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import open_checkpoint
 from bitnet_train.export.config import EmbeddingType, ExportDtype
 from bitnet_train.export.initial import check_same_tokenizer, fill_weights, read_initial
+from bitnet_train.nn.bit_linear import BitLinear
 from bitnet_train.nn.config import Activation, DecoderConfig
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
@@ -78,6 +79,32 @@ def test_dense_weights_of_any_kind_start_a_run(small_run: MakeRun, tmp_path: Pat
     folder = other.write(tmp_path / "float", "hf-dense")
     masters = read_initial(str(folder), other.canonical.cfg, QuantSpec()).masters
     assert all(torch.equal(tensor, other.canonical.tensor(name)) for name, tensor in masters.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("packed", "2b4t"), ("packed", "binary"), ("hf-packed", "2b4t"), ("hf-dense", "2b4t")]
+)
+def test_codes_start_a_run_with_learned_scales(name: str, kind: str, small_run: MakeRun, tmp_path: Path) -> None:
+    run = small_run(kind)
+    spec = QuantSpec(replace(run.canonical.spec.default, trainable_scale=True))
+    initial = read_initial(str(run.write(tmp_path / "export", name)), run.canonical.cfg, spec)
+    assert initial.coded == frozenset(run.canonical.quantised)
+    model = Decoder(run.canonical.cfg, spec)
+    fill_weights(model, initial.masters)
+    for layer in run.canonical.quantised:
+        module, wanted = model.get_submodule(layer), run.canonical.codes(layer)
+        assert isinstance(module, BitLinear)
+        found = module.quantised()
+        assert torch.equal(found.codes, wanted.codes), layer
+        assert torch.equal(found.scale, wanted.scale), layer
+
+
+def test_codes_that_learned_scales_do_not_give_are_refused(small_run: MakeRun, tmp_path: Path) -> None:
+    run = small_run("2b4t")
+    folder = run.write(tmp_path / "export", "packed")
+    spec = QuantSpec(LayerQuant(trainable_scale=True, threshold=1.5))
+    with pytest.raises(ConfigError, match="set quant= as it was trained"):
+        read_initial(str(folder), run.canonical.cfg, spec)
 
 
 @pytest.fixture

@@ -108,7 +108,9 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn() -> None:
         torch.testing.assert_close(mine, plain)
 
 
-def plain_relations(student: Tensor, teacher: Tensor, heads: int, form: RelationForm, mask: RelationMask) -> Tensor:
+def plain_relations(
+    student: Tensor, teacher: Tensor, heads: int, form: RelationForm, mask: RelationMask, learnt: Tensor | None = None
+) -> Tensor:
     logs = []
     for x in (student, teacher):
         a = x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -116,7 +118,8 @@ def plain_relations(student: Tensor, teacher: Tensor, heads: int, form: Relation
         scores = a @ a.mT
         if mask is RelationMask.causal:
             scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -1e9)
-        logs.append(scores.log_softmax(-1).flatten(0, 2))
+        rows = scores.log_softmax(-1).transpose(1, 2)  # (batch, tokens, heads, tokens)
+        logs.append((rows.flatten(0, 1) if learnt is None else rows[learnt]).flatten(0, 1))
     return F.kl_div(logs[0], logs[1], reduction="batchmean", log_target=True)
 
 
@@ -124,13 +127,20 @@ def plain_relations(student: Tensor, teacher: Tensor, heads: int, form: Relation
 @pytest.mark.parametrize("mask", RelationMask)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("together", [1, 2, 5])
+@pytest.mark.parametrize("masked", [False, True])
 def test_relations_are_those_of_plain_autograd(
-    monkeypatch: pytest.MonkeyPatch, form: RelationForm, mask: RelationMask, dtype: torch.dtype, together: int
+    monkeypatch: pytest.MonkeyPatch,
+    form: RelationForm,
+    mask: RelationMask,
+    dtype: torch.dtype,
+    together: int,
+    masked: bool,
 ) -> None:
     monkeypatch.setattr(relations, "chunk_elements", lambda device: together * 3 * 7 * 7)
     student = torch.randn(5, 7, 12, dtype=dtype, requires_grad=True)
     teacher = torch.randn(5, 7, 24, dtype=dtype)
-    got, wanted = (f(student, teacher, 3, form, mask) for f in (relation_loss, plain_relations))
+    learnt = torch.rand(5, 7) < 0.4 if masked else None
+    got, wanted = (f(student, teacher, 3, form, mask, learnt) for f in (relation_loss, plain_relations))
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
     torch.testing.assert_close(got, wanted, **tolerance)
     mine, plain = (torch.autograd.grad(loss * 3, student)[0] for loss in (got, wanted))
@@ -152,6 +162,11 @@ def test_hidden_distances() -> None:
     ours, theirs = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     assert float(hidden_distance(ours, theirs, HiddenDistance.mse)) == pytest.approx((1 + 4) / 4)
     assert float(hidden_distance(ours, theirs, HiddenDistance.cosine)) == pytest.approx((0 + 1) / 2)
+    second, none = torch.tensor([[False, True]]), torch.tensor([[False, False]])
+    assert float(hidden_distance(ours, theirs, HiddenDistance.mse, second)) == pytest.approx((1 + 4) / 2)
+    assert float(hidden_distance(ours, theirs, HiddenDistance.cosine, second)) == pytest.approx(1)
+    assert float(hidden_distance(ours, theirs, HiddenDistance.mse, none)) == 0
+    assert float(relation_loss(ours, theirs, 1, RelationForm.cosine, RelationMask.full, none)) == 0
 
 
 def decoder(seed: int = 1, spec: QuantSpec | None = None, **fields: Any) -> Decoder:

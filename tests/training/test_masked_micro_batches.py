@@ -69,6 +69,16 @@ def test_a_step_is_the_same_however_it_is_cut(talks: Workspace, cut: tuple[str, 
                 assert float(mine[column]) == pytest.approx(float(theirs[column]), rel=2e-5), (mine["step"], column)
 
 
+def test_what_a_teacher_says_counts_for_the_learnt_tokens_alone(talks: Workspace) -> None:
+    taught = ("loss=distillation", "loss.teacher=runs/whole-mean", "loss.hidden=30", "loss.relations=300", "seed=5")
+    columns = ("train/loss", "loss/distillation", "loss/total", "grad_norm")
+    for name, cut in (("taught", "null"), ("taught-in-parts", "1")):
+        go(talks, name, *taught, f"trainer.micro_batch={cut}")
+    for mine, theirs in zip(talks.rows("taught-in-parts"), talks.rows("taught"), strict=True):
+        for column in columns:
+            assert float(mine[column]) == pytest.approx(float(theirs[column]), rel=2e-5), (mine["step"], column)
+
+
 def test_the_share_of_a_micro_batch() -> None:
     ids = torch.tensor([[[5, 5, 5, 5, 5], [-100, 5, -100, -100, -100]], [[5] * 5, [-100, 5, 5, -100, 7]]])
     assert float(share_of_targets(ids)) == 0.5

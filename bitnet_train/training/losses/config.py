@@ -75,8 +75,8 @@ class DistillationLoss(LossConfig):
     logits: float = 1.0
     # Both distributions are softmax(logits / temperature). BitDistill takes 5.
     temperature: float = 5.0
-    # Weight of the distance between hidden states behind blocks, a mean over tokens and blocks; 0 for none. The
-    # teacher must be as wide as the student.
+    # Weight of the distance between hidden states behind blocks, a mean over blocks and the tokens that are learnt; 0
+    # for none. The teacher must be as wide as the student.
     hidden: float = 0.0
     # Blocks of the student (from 0, or negative from the end) whose output states are compared. The teacher's are the
     # same ones, or those at the same share of the depth.
@@ -84,7 +84,8 @@ class DistillationLoss(LossConfig):
     # mse (TinyBERT, arXiv 1909.10351) or cosine (DistilBERT, arXiv 1910.01108).
     hidden_distance: HiddenDistance = HiddenDistance.mse
     # Weight of the relations between the queries, between the keys and between the values of one block, each a
-    # KL(teacher || student) averaged over tokens and relation heads (MiniLMv2, arXiv 2012.15828); 0 for none.
+    # KL(teacher || student) averaged over relation heads and the tokens that are learnt, each seeing all the others
+    # (MiniLMv2, arXiv 2012.15828); 0 for none.
     # BitDistill takes 1e5 (classification) and 1e3 (summarisation) with relation_form=cosine, where the KL is tiny.
     relations: float = 0.0
     # The student's block whose relations are compared (from 0, or negative from the end); null for the one three

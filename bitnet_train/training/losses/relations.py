@@ -17,10 +17,18 @@ from bitnet_train.training.chunks import chunk_elements
 from bitnet_train.training.losses.config import RelationForm, RelationMask
 
 
-def relation_loss(student: Tensor, teacher: Tensor, heads: int, form: RelationForm, mask: RelationMask) -> Tensor:
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    heads: int,
+    form: RelationForm,
+    mask: RelationMask,
+    learnt: Tensor | None = None,
+) -> Tensor:
     """KL(teacher || student) of the relations between tokens, a float32 scalar (float64 for float64 inputs).
 
-    student (batch, tokens, width) and teacher (batch, tokens, its width), both widths multiples of ``heads``. Relations
+    student (batch, tokens, width) and teacher (batch, tokens, its width), both widths multiples of ``heads``. A mean
+    over the relations of all tokens, or of those where ``learnt`` (batch, tokens) is true; 0 where none is. Relations
     are computed in float32 whatever the autocast type, for a few sequences at a time, and with them the gradient.
     """
     with torch.autocast(student.device.type, enabled=False):
@@ -30,7 +38,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, form: RelationFo
             scales = 1.0, 1.0
         else:
             scales = 1 / math.sqrt(ours.shape[-1]), 1 / math.sqrt(theirs.shape[-1])
-        loss: Tensor = _RelationKl.apply(ours, theirs, *scales, mask is RelationMask.causal)
+        loss: Tensor = _RelationKl.apply(ours, theirs, *scales, mask is RelationMask.causal, learnt)
     return loss
 
 
@@ -44,12 +52,23 @@ class _RelationKl(torch.autograd.Function):
     """With S = scale * A @ A.T and P, Q the softmax of the teacher's and the student's rows of it::
 
     dKL/dS = (Q - P) / rows          dKL/dA = scale * (dS + dS.T) @ A
+
+    Rows of tokens that are not learnt are zero in dS and not counted.
     """
 
     @staticmethod
-    def forward(ctx: Any, ours: Tensor, theirs: Tensor, scale: float, their_scale: float, causal: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        ours: Tensor,
+        theirs: Tensor,
+        scale: float,
+        their_scale: float,
+        causal: bool,
+        learnt: Tensor | None,
+    ) -> Tensor:
         batch, heads, tokens, _ = ours.shape
-        rows = batch * heads * tokens
+        rows = batch * heads * tokens if learnt is None else heads * learnt.sum().clamp(min=1).to(ours.dtype)
+        left_out = None if learnt is None else ~learnt[:, None, :, None]
         unseen = torch.ones(tokens, tokens, dtype=torch.bool, device=ours.device).triu(1) if causal else None
         together = max(1, chunk_elements(ours.device.type) // (heads * tokens * tokens))
         total, grads = ours.new_zeros(()), []
@@ -59,18 +78,22 @@ class _RelationKl(torch.autograd.Function):
             log_p = _log_relations(theirs[start : start + together], their_scale, unseen)
             p = log_p.exp()
             terms = p * (log_p - log_q)
-            total = total + (terms if unseen is None else terms.masked_fill(unseen, 0.0)).sum()
+            terms = terms if unseen is None else terms.masked_fill(unseen, 0.0)  # 0 * inf
+            grad = (log_q.exp() - p) * (scale / rows)
+            if left_out is not None:
+                without = left_out[start : start + together]
+                terms, grad = terms.masked_fill(without, 0.0), grad.masked_fill(without, 0.0)
+            total = total + terms.sum()
             if ctx.needs_input_grad[0]:
-                grad = (log_q.exp() - p) * (scale / rows)
                 grads.append((grad + grad.mT) @ a)
         if grads:
             ctx.save_for_backward(torch.cat(grads))
         return total / rows
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad_ours,) = ctx.saved_tensors
-        return grad_ours * grad, None, None, None, None
+        return grad_ours * grad, None, None, None, None, None
 
 
 def _log_relations(a: Tensor, scale: float, unseen: Tensor | None) -> Tensor:
