@@ -17,6 +17,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.interrupts import interrupts_wait
 from bitnet_train.nn.config import initial_source
+from bitnet_train.nn.layout import block_count
 from bitnet_train.quant.progress import moved_back
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.ranks import Ranks, this_process
@@ -156,6 +157,7 @@ def _on_text(
         first = check_start(start, cfg, manifest.fingerprint) if start is not None else 0
         if first == 0 and start is not None and start == fork:
             raise ConfigError(f"resume.from={cfg.resume['from']} has not trained a step: use init.from= instead.")
+        _check_goes_on(cfg, own, first)
         if first == 0 and start is not None and cfg.trainer.max_steps > 0:
             start = None  # a run that has only saved its initial weights makes them again
             initial()
@@ -184,6 +186,7 @@ def _on_images(
 
         start = own or fork
         first = check_start(start, cfg, splits.fingerprint) if start is not None else 0
+        _check_goes_on(cfg, own, first)
         _say_moved(cfg, folder, first, console)
         with interrupts_wait():
             folder.save_config(to_yaml(cfg))
@@ -196,13 +199,23 @@ def _on_images(
     return train_classifier(cfg, folder, cfg.run_name, splits, start, first, fork, console)
 
 
+def _check_goes_on(cfg: Config, own: Path | None, first: int) -> None:
+    """Raises ConfigError for a fork that has nothing left to train."""
+    if own is None and first and first >= cfg.trainer.max_steps:
+        raise ConfigError(
+            f"resume.from={cfg.resume['from']} is at step {first}, and trainer.max_steps={cfg.trainer.max_steps} "
+            "leaves nothing to train: raise trainer.max_steps, or start from its weights alone with init.from=."
+        )
+
+
 def _say_moved(cfg: Config, folder: RunFolder, first: int, console: Console) -> None:
     """One line when another trainer.max_steps takes the quantisation of a continued run back."""
     saved = folder.saved_config()
     before = int(saved["trainer"]["max_steps"]) if saved is not None else 0
     if first == 0 or before == cfg.trainer.max_steps or not before:
         return
-    sentence = moved_back(cfg.quant.progressive, build_spec(cfg.quant), first, before, cfg.trainer.max_steps)
+    total, blocks = cfg.trainer.max_steps, block_count(cfg.model)
+    sentence = moved_back(cfg.quant.progressive, build_spec(cfg.quant), first, before, total, blocks)
     if sentence is not None:
         console.print(f"warning: {sentence}", markup=False)
 

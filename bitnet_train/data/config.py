@@ -173,7 +173,7 @@ class Shuffle(Enum):
 
 
 class DataStage:
-    """A part of the run with another mixture, as BitNet b1.58 2B4T's second stage (arXiv 2504.12285, section 2.2)."""
+    """A part of the run with another mixture, as BitNet b1.58 2B4T's second stage (arXiv 2504.12285, on its data)."""
 
     # Weight of each corpus from then on; one that is not named gets no samples.
     weights: dict[str, float] = field(default_factory=dict)

@@ -2,10 +2,6 @@
 
 ======================  ====================================================================================
 parameter               distribution
-embedding, head         normal(0, embedding_std or std)
-linear layers           normal(0, std)
-o_proj, down_proj       depth_scaled: normal(0, std / sqrt(2 * layers))
-=======
 ======================  ====================================================================================
 matrices                normal(0, std), the standard deviation from the variant:
   normal                std; embedding and head embedding_std (of a classifier: first and last layer, positions)

@@ -111,7 +111,7 @@ def saved_bytes(cfg: ClassifierConfig, spec: QuantSpec, bf16: bool, images: int)
 
     from bitnet_train.nn.vision.model import CLASSIFIERS
 
-    model = CLASSIFIERS[type(cfg)](cfg, spec)
+    model = CLASSIFIERS[type(cfg)](cfg, spec)  # type: ignore[arg-type]
     batch = torch.zeros(images, cfg.channels, cfg.image_size, cfg.image_size)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), batch)}
     storages: dict[int, torch.UntypedStorage] = {}  # held, or another could get an address again

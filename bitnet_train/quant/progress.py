@@ -77,16 +77,16 @@ def finished_spec(cfg: ProgressiveConfig, spec: QuantSpec, done: int, total: int
     return state.spec
 
 
-def moved_back(cfg: ProgressiveConfig, spec: QuantSpec, done: int, before: int, total: int) -> str | None:
+def moved_back(cfg: ProgressiveConfig, spec: QuantSpec, done: int, before: int, total: int, blocks: int) -> str | None:
     """What to say when a run of ``before`` steps goes on after ``done`` of them as one of ``total``, and borders that
     are shares of the run have moved, so that the next steps are quantised otherwise than they would have been."""
     last, planned = min(done, before - 1), QuantState(spec)
     if last >= 0:
-        planned = quant_state(cfg, spec, last, before, blocks=1)
-    now = quant_state(cfg, spec, done, total, blocks=1)
+        planned = quant_state(cfg, spec, last, before, blocks)
+    now = quant_state(cfg, spec, done, total, blocks)
     if planned == now or done >= total:
         return None
-    ready = next((s for s in range(done, total) if quant_state(cfg, spec, s, total, 1) == planned), total)
+    ready = next((s for s in range(done, total) if quant_state(cfg, spec, s, total, blocks) == planned), total)
     return (
         f"trainer.max_steps went from {before} to {total}, and borders in quant.progressive or quant.overrides that "
         f"are shares of the run moved with it: steps {done + 1} to {ready} are quantised otherwise than the last ones "

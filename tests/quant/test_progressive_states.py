@@ -173,13 +173,15 @@ def test_a_finished_spec_is_that_of_the_last_step() -> None:
         (SwitchProgressive(at=0.5), 2, 6, 20, None),
         (LambdaProgressive(until=0.5), 10, 10, 40, "steps 11 to 20 "),
         (BitsProgressive(stages=[BitStage(8, 0.2), BitStage(4, 0.4)]), 20, 20, 100, "steps 21 to 40 "),
+        (LayerwiseProgressive(until=0.5), 8, 20, 60, "steps 9 to 22 "),
+        (LayerwiseProgressive(until=10), 8, 20, 60, None),
         (NotProgressive(), 6, 6, 20, None),
     ],
 )
 def test_borders_that_move_back_are_said(
     way: ProgressiveConfig, done: int, before: int, total: int, steps: str | None
 ) -> None:
-    said = moved_back(way, QuantSpec(), done, before, total)
+    said = moved_back(way, QuantSpec(), done, before, total, blocks=8)
     assert (said is None) is (steps is None)
     if said is not None:
         assert f"trainer.max_steps went from {before} to {total}" in said
@@ -189,6 +191,6 @@ def test_borders_that_move_back_are_said(
 
 def test_late_inputs_that_move_back_are_said() -> None:
     late = LateInputs("*", 0.8, (("activation_bits", 4),))
-    said = moved_back(NotProgressive(), QuantSpec(late=(late,)), 40, 40, 80)
+    said = moved_back(NotProgressive(), QuantSpec(late=(late,)), 40, 40, 80, blocks=8)
     assert said is not None
     assert "steps 41 to 64 " in said

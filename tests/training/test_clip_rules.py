@@ -248,6 +248,8 @@ REFUSED = [
     (ZScoreClip(warmup=1), "clip.warmup is 1"),
     (AdaptiveClip(factor=0.0), "clip.factor and clip.eps must be positive"),
     (AdaptiveClip(exclude=["*o_prj*"]), "clip.exclude: the pattern '\\*o_prj\\*' matches no parameter"),
+    (AdaptiveClip(exclude=["*norm*", "*"]), "clip.exclude leaves no parameter to clip"),
+    (PercentileClip(window=10**12), "clip.window is 1000000000000; at most 100000 past norms"),
     (by_pattern(), "no pattern matches the parameter embed_tokens.weight"),
     (by_pattern(("*proj*", {"name": "norm"})), 'begin with a rule for "\\*"'),
     (by_pattern(("*", {"name": "norm"}), ("*.o_prj.*", {"name": "none"})), "rules\\[1\\]: the pattern .* matches no"),

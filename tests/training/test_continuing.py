@@ -104,6 +104,10 @@ def test_a_fork_starts_from_another_runs_checkpoint(workspace: Workspace) -> Non
     assert "steps 3 to 9" in output
     assert [row["step"] for row in workspace.rows("b")] == [str(i) for i in range(4, 10)]
     assert workspace.rows("b")[0]["lr"] == "0.0001"
+    code, output = workspace.run("run_name=d", "trainer.max_steps=6", "resume.from=runs/a", "schedule=constant")
+    assert code == 2
+    assert "is at step 6, and trainer.max_steps=6 leaves nothing to train" in output
+    assert not (workspace.folder / "runs/d/config.yaml").exists()
     code, output = workspace.run(*fork[1:], "run_name=c", "resume.from=runs/a@4")
     assert code == 2
     assert "steps saved there: 3, 6" in output

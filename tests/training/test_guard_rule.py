@@ -215,6 +215,7 @@ def test_a_skipped_step_leaves_nothing_in_the_clip_rule(clip: Any) -> None:
 REFUSED = [
     (GuardConfig(outlier_sigma=0.0), "guard.outlier_sigma must be positive"),
     (GuardConfig(outlier_sigma=6.0, window=1, min_history=1), "guard.window=1 must be at least 2"),
+    (GuardConfig(outlier_sigma=6.0, window=10**12), "guard.window=1000000000000 must be .* at most 100000"),
     (
         GuardConfig(outlier_sigma=6.0, window=32, min_history=33),
         "guard.min_history=33 at least 2 and at most guard.window",

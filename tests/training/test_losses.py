@@ -222,6 +222,12 @@ def test_a_sum_is_over_the_tokens_of_the_step_however_it_is_cut(accumulation: in
         (DistillationLoss(teacher="a", relations=1.0, layer=-5), "loss.layer names block -5"),
         (DistillationLoss(teacher="a", relations=1.0, relation_heads=7), "use a divisor of 64"),
         (DistillationLoss(teacher="a", relations=-1.0), "loss.relations is -1"),
+        (DistillationLoss(teacher="a", layer=99), "loss.layer has no effect with loss.relations=0"),
+        (DistillationLoss(teacher="a", hidden_layers=[55]), "loss.hidden_layers has no effect with loss.hidden=0"),
+        (
+            DistillationLoss(teacher="a", logits=0, hidden=1, temperature=3),
+            "temperature has no effect with loss.logits=0",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(loss: LossConfig, sentence: str) -> None:

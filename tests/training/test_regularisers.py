@@ -219,6 +219,7 @@ def test_strength_is_a_pure_function_of_the_step() -> None:
         (CodesRegulariser(strength=0.0), QuantSpec(), "strength is 0"),
         (CodesRegulariser(start=20), QuantSpec(), "before trainer.max_steps=10"),
         (CodesRegulariser(ramp=-1), QuantSpec(), "must not be negative"),
+        (CodesRegulariser(start=0.5, ramp=20), QuantSpec(), "longer than trainer.max_steps=10, .* never reached"),
         (CodesRegulariser(), QuantSpec(FLOAT), "quant= leaves none"),
         (EntropyRegulariser(), QuantSpec(LayerQuant("binary")), "has none: use none or codes"),
         (EntropyRegulariser(floor=1.6), QuantSpec(), "between 0 and 1.585"),

@@ -13,6 +13,9 @@ from bitnet_train.training.schedules.config import Shape
 from bitnet_train.training.schedules.factors import as_steps
 from bitnet_train.variants import variant_from
 
+# Steps whose norms can be remembered: all of them are read in every step.
+LONGEST_WINDOW = 100_000
+
 # What adaptive clipping leaves alone where clip.exclude is null. Tied embeddings are the head too.
 EMBEDDING_AND_HEAD = ("*embed_tokens.weight", "*positions.weight", "*head.weight", "*head.bias")
 
@@ -168,6 +171,8 @@ def check_clip(cfg: ClipConfig, names: Sequence[str], total: int, where: str = "
             raise ConfigError(f"{where}.percentile must be above 0 and at most 100, it is {cfg.percentile:g}.")
         if cfg.initial <= 0 or not 1 <= cfg.min_history <= cfg.window:
             raise ConfigError(f"{where}.initial must be positive and {where}.min_history between 1 and {where}.window.")
+        if cfg.window > LONGEST_WINDOW:
+            raise ConfigError(f"{where}.window is {cfg.window}; at most {LONGEST_WINDOW} past norms can be remembered.")
     if isinstance(cfg, ZScoreClip):
         if cfg.z_threshold <= 0 or cfg.initial <= 0 or (cfg.max_norm is not None and cfg.max_norm <= 0):
             raise ConfigError(
@@ -183,6 +188,8 @@ def check_clip(cfg: ClipConfig, names: Sequence[str], total: int, where: str = "
         for pattern in cfg.exclude or []:
             if not any(fnmatchcase(name, str(pattern)) for name in names):
                 raise ConfigError(_matches_nothing(f"{where}.exclude", str(pattern), names))
+        if names and all(any(fnmatchcase(name, str(p)) for p in cfg.exclude or []) for name in names):
+            raise ConfigError(f"{where}.exclude leaves no parameter to clip: leave some, or use clip=none.")
     if isinstance(cfg, ByPatternClip):
         _check_patterns(cfg, names, total, where)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.training.clipping.config import LONGEST_WINDOW
 
 
 @dataclass
@@ -18,8 +19,9 @@ class GuardConfig:
     window: int = 128
     # Steps that must be known before outliers are skipped; null for half the window (as OLMo).
     min_history: int | None = None
-    # After so many skipped steps in a row go back to the last checkpoint of checkpoint.every_steps and on with the
-    # samples behind the bad ones; null for never.
+    # After so many skipped steps in a row (they are counted one step late, so that nobody waits for the device: one
+    # more may be skipped) go back to the last checkpoint of checkpoint.every_steps and on with the samples behind the
+    # bad ones; null for never.
     rollback_after: int | None = None
     # How often a run may go back before it stops with exit code 3.
     max_rollbacks: int = 3
@@ -40,10 +42,10 @@ def check_guard(cfg: GuardConfig) -> None:
     default = GuardConfig()
     if cfg.outlier_sigma is not None and cfg.outlier_sigma <= 0:
         raise ConfigError(f"guard.outlier_sigma must be positive, it is {cfg.outlier_sigma:g}; null skips no outliers.")
-    if cfg.window < 2 or not 2 <= cfg.known_steps <= cfg.window:
+    if not 2 <= cfg.window <= LONGEST_WINDOW or not 2 <= cfg.known_steps <= cfg.window:
         raise ConfigError(
-            f"guard.window={cfg.window} must be at least 2, and guard.min_history={cfg.known_steps} at least 2 and at "
-            "most guard.window."
+            f"guard.window={cfg.window} must be at least 2 and at most {LONGEST_WINDOW}, and "
+            f"guard.min_history={cfg.known_steps} at least 2 and at most guard.window."
         )
     if cfg.rollback_after is not None and cfg.rollback_after < 1:
         raise ConfigError(f"guard.rollback_after is {cfg.rollback_after}; it must be at least 1, or null for never.")

@@ -53,8 +53,8 @@ class CrossEntropyLoss(LossConfig):
     z_loss: float = 0.0
     # mean: over the tokens of a forward pass (targets of -100 are not counted), and over the micro-batches of a step.
     # sum: over all tokens of the step, however it is cut into micro-batches, as BitNet b1.58 2B4T is fine-tuned
-    # (arXiv 2504.12285, section 3.2). Gradients, and what clip compares with its threshold, are then as many times
-    # larger as a step has tokens.
+    # (arXiv 2504.12285, on supervised fine-tuning). Gradients, and what clip compares with its threshold, are then as
+    # many times larger as a step has tokens.
     reduction: Reduction = Reduction.mean
 
 
@@ -157,11 +157,31 @@ def check_loss(cfg: LossConfig, model: ModelConfig) -> None:
         )
     if not (cfg.temperature > 0 and math.isfinite(cfg.temperature)):
         raise ConfigError(f"loss.temperature is {cfg.temperature:g}; it must be positive.")
+    _check_idle(cfg)
     blocks = hidden_blocks(cfg, model.layers)
     if cfg.hidden and (not blocks or len(set(blocks)) < len(blocks)):
         raise ConfigError("loss.hidden_layers must name at least one block, and none twice.")
     if relation_block(cfg, model.layers) is not None:
         check_relation_heads(cfg, model, model.hidden, model.kv_heads * model.head_dim, "the model")
+
+
+# What says how each part of distillation is computed.
+DETAILS = {
+    "logits": ("temperature",),
+    "hidden": ("hidden_layers", "hidden_distance"),
+    "relations": ("layer", "relation_heads", "relation_form", "relation_mask"),
+}
+
+
+def _check_idle(cfg: DistillationLoss) -> None:
+    """Raises ConfigError for a setting of a part that has no weight."""
+    default = DistillationLoss()
+    for part, details in DETAILS.items():
+        changed = next((name for name in details if getattr(cfg, name) != getattr(default, name)), None)
+        if changed is not None and not getattr(cfg, part):
+            raise ConfigError(
+                f"loss.{changed} has no effect with loss.{part}=0: leave it out, or give loss.{part} a weight."
+            )
 
 
 def check_relation_heads(cfg: DistillationLoss, model: DecoderConfig, queries: int, keys: int, whose: str) -> None:

@@ -110,6 +110,12 @@ def check_regulariser(cfg: RegulariserConfig, model: ModelConfig, spec: QuantSpe
             f"regulariser.start={cfg.start:g} and regulariser.ramp={cfg.ramp:g} must not be negative, and the start "
             f"must lie before trainer.max_steps={total}."
         )
+    start, whole = as_steps(cfg.start, total), as_steps(cfg.ramp, total)
+    if total and start + whole > total + 1:  # both are rounded
+        raise ConfigError(
+            f"regulariser.start ({start} steps) and regulariser.ramp ({whole}) are longer than "
+            f"trainer.max_steps={total}, so that its strength is never reached: shorten them."
+        )
     schemes = {layer.scheme for layer in quantised_layers(model, spec).values()}
     if not schemes:
         raise ConfigError(f"regulariser={cfg.name} acts on quantised layers, and quant= leaves none: use none.")

@@ -72,6 +72,8 @@ def _check_decay(cfg: WsdSchedule | InverseSqrtSchedule, warm: int, total: int, 
         raise ConfigError(
             f"{key}: warm-up ({warm} steps) and decay ({decay}) are longer than the run of {total} steps."
         )
+    if cfg.decay == 0 and (cfg.final != 0 or cfg.shape is not Shape.linear):
+        raise ConfigError(f"{key}.shape and {key}.final have no effect without {key}.decay: remove them.")
     if cfg.decay > 0 and cfg.shape in POSITIVE and cfg.final <= 0:
         raise ConfigError(
             f"{key}.final is {cfg.final:g}, which {key}.shape={cfg.shape.value} never reaches: give a factor above 0."
@@ -85,8 +87,6 @@ def _check_timescale(cfg: InverseSqrtSchedule, warm: int, total: int, key: str) 
         raise ConfigError(
             f"{key}.timescale={cfg.timescale:g} is less than a step of trainer.max_steps={total}: give at least 1 step."
         )
-    if cfg.decay == 0 and (cfg.final != 0 or cfg.shape is not Shape.linear):
-        raise ConfigError(f"{key}.shape and {key}.final have no effect without a cooldown ({key}.decay): remove them.")
 
 
 def _check_stages(cfg: TwoStageSchedule, warm: int, total: int, key: str) -> None:

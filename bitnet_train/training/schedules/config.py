@@ -113,19 +113,20 @@ class StageConfig:
     lr: float = 1.0
     # Way of the learning rate through the stage.
     shape: Shape = Shape.linear
-    # Factor of optimizer.lr that the stage ends with; only where the shape is not constant.
+    # Factor of optimizer.lr that the stage ends with, null for 0; only where the shape is not constant.
     final: float | None = None
     # Factor of optimizer.weight_decay at the start of the stage.
     weight_decay: float = 1.0
     # Way of the weight decay through the stage.
     weight_decay_shape: Shape = Shape.constant
-    # Factor of optimizer.weight_decay that the stage ends with; only where weight_decay_shape is not constant.
+    # Factor of optimizer.weight_decay that the stage ends with, null for 0; only where weight_decay_shape is not
+    # constant.
     weight_decay_final: float | None = None
 
 
 @dataclass
 class TwoStageSchedule(ScheduleConfig):
-    """Two (or more) stages, as in BitNet b1.58 2B4T (arXiv 2504.12285, section 2.2).
+    """Two (or more) stages, as in BitNet b1.58 2B4T (arXiv 2504.12285, on pre-training).
 
     A weight decay that changes elsewhere than the learning rate has stages of its own: TriLM (arXiv 2407.12327) drops
     the learning rate at 1/2 and the weight decay at 2/3 of a linear decay::
