@@ -183,10 +183,13 @@ def complete_steps(remote: Remote, files: list[str]) -> dict[int, dict[str, Any]
     return dict(sorted(found.items(), reverse=True))
 
 
-def fetch_run(remote: Remote, folder: Path, step: int | None = None) -> tuple[int | None, list[str]]:
-    """Copy a mirrored run to ``folder``: its small files, and one checkpoint, of ``step`` or the newest that is whole.
+def fetch_run(
+    remote: Remote, folder: Path, step: int | None = None, older: bool = False
+) -> tuple[int | None, list[str]]:
+    """Copy a mirrored run to ``folder``: its small files, and one checkpoint, of ``step`` or the newest that is whole,
+    with ``older`` also those before it.
 
-    The step, None if there is none, and a sentence for each checkpoint that was left out because it is damaged. Raises
+    Its step, None if there is none, and a sentence for each checkpoint that was left out because it is damaged. Raises
     OSError.
     """
     files, remarks = remote.files(), []
@@ -198,9 +201,11 @@ def fetch_run(remote: Remote, folder: Path, step: int | None = None) -> tuple[in
         if not _fetch_checkpoint(remote, folder, checkpoint_name(number), recorded):
             remarks.append(f"{remote.url}: the checkpoint of step {number} is damaged there and is left out")
             continue
-        _point_last_to(folder / checkpoint_name(number))
-        chosen = number
-        break
+        if chosen is None:
+            _point_last_to(folder / checkpoint_name(number))
+            chosen = number
+        if not older:
+            break
     if steps and chosen is None and step is None:
         return None, remarks
     for name in files:

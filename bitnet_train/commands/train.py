@@ -105,7 +105,8 @@ def _claim(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> Pa
         from bitnet_train.training.callbacks.mirror import restore
 
         assert cfg.run_name is not None
-        restore(cfg.checkpoint.mirror, cfg.run_name, folder, console)
+        goes_back = cfg.guard.rollback_after is not None
+        restore(cfg.checkpoint.mirror, cfg.run_name, folder, goes_back, console)
     saved = folder.saved_config()
     if saved is not None:
         with interrupts_wait():

@@ -116,7 +116,7 @@ def train(
     loss stops being a number or the run has gone back too often.
     """
     return until_it_need_not_go_back(
-        lambda path, step: _train_from(cfg, folder, run_name, shards, manifest, path, step, initial, console),
+        lambda path, step: _train_from(cfg, folder, run_name, shards, manifest, path, step, fork, initial, console),
         folder,
         start,
         first,
@@ -132,6 +132,7 @@ def _train_from(
     manifest: Manifest,
     start: Path | None,
     first: int,
+    fork: Path | None,
     initial_weights: Callable[[], InitialWeights | None],
     console: Console,
 ) -> TrainingOutcome:
@@ -217,9 +218,7 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_token(cfg.decoder, cfg.text.sequence_length), peak)
     validation = Validation(clock, data, tokenizer.byte_lengths())
-    checkpoints = build_checkpoints(
-        cfg, clock, folder.checkpoints, forked=start is not None and start.parent != folder.checkpoints
-    )
+    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints, start, fork)
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -366,6 +367,32 @@ def test_a_stopped_run_goes_back_to_its_initial_weights(runs: Runs) -> None:
     assert runs("stopped", *ROLLBACK, steps=6) == 0
     assert [event["back_to"] for event in runs.events("stopped")] == [0]
     assert runs.rows("stopped") == runs.rows("whole")
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_a_good_checkpoint_that_is_gone_is_restored_or_replaced(
+    runs: Runs, mirrored: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A new machine has what the mirror has, which is enough to go back; otherwise a run never begins anew."""
+    settings = (*ROLLBACK, "checkpoint.keep=1")
+    if mirrored:
+        settings = (*settings, f"checkpoint.mirror=file://{runs.folder}/mirror")
+    runs.bad = at_steps(8, 9)
+    assert runs("whole", *settings) == 0
+    runs.bad = stop_at(7, at_steps(8, 9))
+    assert runs("stopped", *settings) == 143
+    assert runs.saved("stopped")["state_dict"]["guard.good_step"] == 6
+    if mirrored:
+        shutil.rmtree(runs.folder / "runs/stopped")
+    else:
+        (runs.folder / "runs/stopped/checkpoints/step-00000006.ckpt").unlink()
+    assert runs("stopped", *settings) == 0
+    said = "the checkpoint of step 6, to which the guard would go back, is gone: step 7 takes its place"
+    assert (said in capfd.readouterr().out) is not mirrored
+    assert [event["back_to"] for event in runs.events("stopped")] == [6 if mirrored else 7]
+    assert [row["step"] for row in runs.rows("stopped")] == [row["step"] for row in runs.rows("whole")]
+    if mirrored:
+        assert runs.rows("stopped") == runs.rows("whole")
 
 
 def test_what_was_saved_past_the_good_step_is_gone_when_the_run_goes_back(runs: Runs) -> None:

@@ -18,6 +18,8 @@ from bitnet_train.durable import reason, replace_durably, sync_folder
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.training.callbacks.step import StepCallback, TrainingClock, due
+from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.checkpoint_files import read_outline
 from bitnet_train.training.guard.rule import Guard
 from bitnet_train.training.module import TrainingModule
 from bitnet_train.training.run_folder import LAST
@@ -35,11 +37,12 @@ class Checkpoints(StepCallback):
 
     A run with a guard goes back to checkpoints of ``checkpoint.every_steps`` alone, the last of which is kept beside
     the newest. Such a one is not saved while the guard skips steps: the first step that is applied is saved in its
-    place. ``forked``: the run begins with a checkpoint of another, which is its first good state.
+    place. ``start`` is the checkpoint that training begins from, and ``fork`` that of another run with which this one
+    began, if any, which was its first good state.
     """
 
-    def __init__(self, clock: TrainingClock, folder: Path, forked: bool = False) -> None:
-        self.clock, self.folder, self.forked = clock, folder, forked
+    def __init__(self, clock: TrainingClock, folder: Path, start: Path | None = None, fork: Path | None = None) -> None:
+        self.clock, self.folder, self.start, self.fork = clock, folder, start, fork
         self.saved_step = -1
         self.good_step = 0
         self._said_gone = False
@@ -58,9 +61,28 @@ class Checkpoints(StepCallback):
         """Read once what the guard's state says, so that no step waits for the device."""
         guard = module.guard
         if isinstance(guard, Guard):
-            if self.forked:
+            good = int(guard.good_step)
+            if self.start is not None and self.start.parent != self.folder:
                 guard.good_step.fill_(trainer.global_step)
+            elif not group.from_first(lambda: self._is_there(good)):
+                # As after a restore from elsewhere. What the run starts from is there.
+                guard.good_step.fill_(trainer.global_step)
+                if group.first():
+                    print(
+                        f"WARNING: the checkpoint of step {good}, to which the guard would go back, is gone: step "
+                        f"{trainer.global_step} takes its place",
+                        flush=True,
+                    )
             self.good_step = int(guard.good_step)
+
+    def _is_there(self, step: int) -> bool:
+        """Whether the run can go back to a step."""
+        if step == 0 or step_path(self.folder, step).exists():
+            return True
+        try:
+            return self.fork is not None and int(read_outline(self.fork)[0]["global_step"]) == step
+        except Exception:  # whatever a file may hold that is no checkpoint any more
+            return False
 
     def begin(self, trainer: L.Trainer) -> None:
         """What every process does at the start, also one that writes nothing."""

@@ -30,9 +30,9 @@ LAST_COPY_SECONDS = 600.0
 class Mirror(StepCallback):
     """Copies what :class:`Checkpoints` has saved to ``<checkpoint.mirror>/<run_name>``, in a thread of its own.
 
-    A checkpoint there is whole when its marker, with size and digest, is there; ``checkpoint.keep`` of them stay. A
-    copy that is overtaken by the next checkpoint before it began is left out. What fails is said and never stops the
-    run: the next checkpoint is another attempt.
+    A checkpoint there is whole when its marker, with size and digest, is there; ``checkpoint.keep`` of them stay, and
+    the one to which a guard would go back. A copy that is overtaken by the next checkpoint before it began is left out.
+    What fails is said and never stops the run: the next checkpoint is another attempt.
     """
 
     def __init__(self, checkpoints: Checkpoints, folder: RunFolder, url: str, keep: int, console: Console) -> None:
@@ -100,7 +100,7 @@ class Mirror(StepCallback):
                     self.remote.put(small, relative)
         put_checkpoint(self.remote, step, source)
         for old in list(complete_steps(self.remote, self.remote.files()))[self.keep :]:
-            if old < step:
+            if old < step and old != self.checkpoints.good_step:
                 remove_checkpoint(self.remote, old)
 
     def _say(self, what: str) -> None:
@@ -124,14 +124,14 @@ def mirrors(
     return [] if mirror is None else [Mirror(checkpoints, folder, mirror_url(mirror, run_name), keep, console)]
 
 
-def restore(mirror: str, run_name: str, folder: RunFolder, console: Console) -> None:
-    """Fill a run folder without checkpoints from its mirror, if that has any.
+def restore(mirror: str, run_name: str, folder: RunFolder, older: bool, console: Console) -> None:
+    """Fill a run folder without checkpoints from its mirror, if that has any, with all of them or the newest alone.
 
     Raises ConfigError when the mirror cannot be read: the run might be there, and would begin again.
     """
     remote = Remote(mirror_url(mirror, run_name))
     try:
-        step, remarks = fetch_run(remote, folder.path)
+        step, remarks = fetch_run(remote, folder.path, older=older)
     except OSError as error:
         raise ConfigError(
             f"checkpoint.mirror={mirror} cannot be read ({reason(error)}), and {folder.path} has no checkpoint to go "

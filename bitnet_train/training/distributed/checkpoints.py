@@ -31,11 +31,13 @@ from bitnet_train.training.distributed.checkpoint_files import REST, digest_file
 from bitnet_train.training.module import TrainingModule
 
 
-def build_checkpoints(cfg: RunConfig, clock: TrainingClock, folder: Path, forked: bool = False) -> Checkpoints:
+def build_checkpoints(
+    cfg: RunConfig, clock: TrainingClock, folder: Path, start: Path | None = None, fork: Path | None = None
+) -> Checkpoints:
     """The callback that saves, for as many processes and the strategy that ``cfg`` says."""
     if processes(cfg.trainer) == 1:
-        return Checkpoints(clock, folder, forked)
-    return (ShardedCheckpoints if sharded(cfg) else ReplicatedCheckpoints)(clock, folder, forked)
+        return Checkpoints(clock, folder, start, fork)
+    return (ShardedCheckpoints if sharded(cfg) else ReplicatedCheckpoints)(clock, folder, start, fork)
 
 
 class ReplicatedCheckpoints(Checkpoints):
@@ -68,8 +70,8 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
     its name, and last.ckpt points to it, when all processes have written and synced everything.
     """
 
-    def __init__(self, clock: TrainingClock, folder: Path, forked: bool = False) -> None:
-        super().__init__(clock, folder, forked)
+    def __init__(self, clock: TrainingClock, folder: Path, start: Path | None = None, fork: Path | None = None) -> None:
+        super().__init__(clock, folder, start, fork)
         self._hosts: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None

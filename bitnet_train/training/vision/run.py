@@ -60,7 +60,11 @@ def train_classifier(
     Everything else is as in :func:`bitnet_train.training.run.train`.
     """
     return until_it_need_not_go_back(
-        lambda path, step: _train_from(cfg, folder, run_name, splits, path, step, console), folder, start, first, fork
+        lambda path, step: _train_from(cfg, folder, run_name, splits, path, step, fork, console),
+        folder,
+        start,
+        first,
+        fork,
     )
 
 
@@ -71,6 +75,7 @@ def _train_from(
     splits: ImageSplits,
     start: Path | None,
     first: int,
+    fork: Path | None,
     console: Console,
 ) -> TrainingOutcome:
     """Train until the end, a signal, or a return to the last checkpoint, which is in divergence.jsonl by then."""
@@ -109,9 +114,7 @@ def _train_from(
     peak = device_peak(torch.cuda.get_device_name()) if choices.device == "cuda" else None
     metrics = TrainingMetrics(clock, training_flops_per_image(cfg.classifier), peak)
     validation = ImageValidation(clock, data)
-    checkpoints = build_checkpoints(
-        cfg, clock, folder.checkpoints, forked=start is not None and start.parent != folder.checkpoints
-    )
+    checkpoints = build_checkpoints(cfg, clock, folder.checkpoints, start, fork)
     stop = StopOnSignal(checkpoints)
     guard = GuardWatch(console)
     callbacks: list[L.Callback] = [
