@@ -39,7 +39,7 @@ from bitnet_train.recipes import (
     yaml_reason,
 )
 from bitnet_train.secrets import masked
-from bitnet_train.storage import local_copy
+from bitnet_train.storage import local_copy, source_of
 from bitnet_train.trust import check_flags
 from bitnet_train.validation import check_keys, may_change, to_config
 
@@ -304,17 +304,21 @@ def _submit(job: Job, catalogue: Catalogue) -> int:
     """Make the job of a cluster that runs this configuration, which is validated as the job itself will."""
     from bitnet_train.commands.submit import run
 
-    node, send = job.node, bool(job.node.submit)
+    node, send, url = job.node, bool(job.node.submit), source_of(str(job.node.run))
     if node.cluster.command not in IN_JOBS:
         to_config(node)  # says what is wrong with it
     node.command, node.submit = Command(node.cluster.command), False
     cfg = configuration(job, catalogue)
-    lines = [line for line in job.overrides if line.partition("=")[0] not in ("command", "submit", "run_name")]
+    own = ("command", "submit", "run_name", *(("run",) if cfg.command in ON_A_RUN else ()))
+    lines = [line for line in job.overrides if line.lstrip("+").partition("=")[0] not in own]
     if cfg.command is not Command.train:
         lines.append(f"command={cfg.command.value}")
     # The folder by its whole name: the job knows nothing of a sweep that it may be part of.
     if cfg.command in ON_A_RUN:
-        lines = [line for line in lines if not line.startswith("run=")] + [quoted(f"run={cfg.run}")]
+        lines.append(quoted(f"run={url or cfg.run}"))
+        if url is not None:
+            # The job fetches it by itself: where the copy made here is, no node may see it, nor the script.
+            cfg.run = str(Path(cfg.paths.runs) / Path(str(cfg.run)).name)
     elif cfg.run_name not in (None, job.recipe):
         lines.append(quoted(f"run_name={cfg.run_name}"))
     return run(cfg, [*job.flags, *lines], send)

@@ -15,6 +15,8 @@ from bitnet_train.errors import ConfigError, did_you_mean
 
 COPIED_AT_ONCE = 16 << 20
 CHECKPOINTS = "checkpoints"
+# Copies made by this process, and the URLs of which.
+_SOURCES: dict[str, str] = {}
 STEP_FILE = re.compile(r"step-(\d{8})\.ckpt")
 
 
@@ -291,7 +293,14 @@ def local_copy(source: str, key: str) -> str:
                 remote.fetch(file, folder / file)
     except OSError as error:
         raise ConfigError(f"{key}={source} cannot be read: {reason(error)}.") from None
-    return f"{folder}@{step}" if step else str(folder)
+    copy = f"{folder}@{step}" if step else str(folder)
+    _SOURCES[copy] = source
+    return copy
+
+
+def source_of(path: str) -> str | None:
+    """The URL that :func:`local_copy` made ``path`` of in this process; None for a local path."""
+    return _SOURCES.get(path)
 
 
 def put_folder(folder: Path, url: str, key: str) -> None:

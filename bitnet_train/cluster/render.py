@@ -125,8 +125,8 @@ def _command(cfg: ClusterConfig, job: Job) -> str:
 
 
 def _shell(word: str) -> str:
-    # "$PWD" is the one variable that these words hold; a leading ~ is left to the shell.
-    if "$PWD" in word:
+    # "$PWD" and "$HOME" are the variables that these words hold; a leading ~ is left to the shell.
+    if "$PWD" in word or "$HOME" in word:
         return f'"{word}"'
     if word.startswith("~/"):
         return "~/" + shlex.quote(word[2:])
@@ -137,12 +137,14 @@ def _container(cfg: ClusterConfig, layout: Layout) -> list[str]:
     if cfg.container is None:
         return []
     mounts = ["$PWD", *cfg.container_mounts]
+    # A shell knows ~ only at the beginning of a word.
+    image = re.sub("^~(?=/)", "$HOME", cfg.container)
     if cfg.container_engine is ContainerEngine.apptainer:
         binds = [word for mount in mounts for word in ("--bind", mount)]
         nv = ["--nv"] if layout.gpus_per_node else []
-        return ["apptainer", "exec", *nv, *binds, "--pwd", "$PWD", cfg.container]
+        return ["apptainer", "exec", *nv, *binds, "--pwd", "$PWD", image]
     pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
-    return [f"--container-image={cfg.container}", f"--container-mounts={pairs}", "--container-workdir=$PWD"]
+    return [f"--container-image={image}", f"--container-mounts={pairs}", "--container-workdir=$PWD"]
 
 
 def _requeue(cfg: ClusterConfig) -> list[str]:

@@ -198,7 +198,8 @@ class PrepareConfig:
     # With command=prepare: jobs that share the work, on any machines that share paths.data; null for the size of the
     # SLURM array, or 1. One more command=prepare without parts does whatever killed ones have left.
     parts: int | None = None
-    # Text that is tokenised at a time and then marked as done, MB: what a killed preparation has to do again.
+    # Text that is tokenised at a time and then marked as done, MB: what a killed preparation does again. Once part 0
+    # has made its plan, that one's counts for all parts.
     unit_mb: float = 64.0
     # Minutes that a part waits for part 0 to make the tokenizer.
     wait_minutes: float = 120.0

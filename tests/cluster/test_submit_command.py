@@ -130,6 +130,25 @@ def test_other_commands_become_jobs(run: Run, tmp_path: Path) -> None:
     assert "#SBATCH --job-name=evaluate-mine" in out
 
 
+def test_a_job_never_submits_itself(run: Run, tmp_path: Path, sbatch: Path) -> None:
+    code, _, err = run("+recipe=tiny", "command=submit", "++command=submit", "++submit=true")
+    assert code == 0, err
+    words = command_of(tmp_path / "runs/tiny/train.sbatch")
+    assert not [word for word in words if "submit" in word]
+
+
+def test_a_run_at_a_url_stays_one_in_the_job(
+    run: Run, tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITNET_TRAIN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "far" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(compose_config("+recipe=tiny", "run_name=mine")))
+    code, _, err = run("command=submit", "cluster.command=report", f"run=file://{folder}")
+    assert (code, err) == (0, "")
+    assert f"run=file://{folder}" in command_of(tmp_path / "runs/mine/report.sbatch")
+
+
 def test_a_sweep_submits_a_job_for_each(run: Run, tmp_path: Path, sbatch: Path) -> None:
     code, _, err = run("-m", "+recipe=tiny", "seed=1,2", "quant=none", "command=submit", "submit=true")
     assert (code, err) == (0, "")

@@ -19,6 +19,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse battery")
     monkeypatch.setenv("MAX_TOKENS", "4096409640964096")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "9f8e7d6c5b4a")
+    monkeypatch.setenv("SSH_KEY", "/home/me/.ssh/id_rsa")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,20 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the password is correct horse battery", "the password is ***"),
         ("wandb_api_key=abc123def456", "wandb_api_key=***"),
         ('{"token": "abc123def456"}', '{"token": "***"}'),
+        ("export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567", "export WANDB_API_KEY=***"),
+        ("glpat-0123456789abcdefghij", "***"),
+        ("AIzaSyA0123456789abcdefghijklmnopqrstuv", "***"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N", "***"),
+        (
+            "https://x.blob.core.windows.net/c/f?sv=2020&sig=abcdEFGH1234%2Bxyz99",
+            "https://x.blob.core.windows.net/c/f?sv=2020&sig=***",
+        ),
+        ("https://u:pa/ss@host/x", "https://***@host/x"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "***"),
+        ("key is 9f8e7d6c5b4a", "key is ***"),
         # What only looks like one.
+        ("http://localhost:8080/files/a@b",) * 2,
+        ("ssh /home/me/.ssh/id_rsa",) * 2,
         ("trainer.batch_tokens=4096", "trainer.batch_tokens=4096"),
         ("data.tokenizer.bos='<|endoftext|>'", "data.tokenizer.bos='<|endoftext|>'"),
         ("data.tokenizer.revision=0123456789abcdef0123456789abcdef01234567",) * 2,
@@ -61,6 +76,7 @@ def test_lists_are_masked_word_by_word() -> None:
         f"logger.project={KEY}",
         "logger.project='${oc.env:WANDB_API_KEY}'",
         f"logger.tags=[a,{KEY}]",
+        "cluster.setup=['export OTHER_API_KEY=0123456789abcdef0123456789abcdef01234567']",
     ],
 )
 def test_a_setting_with_a_secret_is_refused_without_showing_it(
