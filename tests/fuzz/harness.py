@@ -6,6 +6,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 
+import torch
+
 from bitnet_train.__main__ import answer
 from tests.composing import fresh_recipes
 
@@ -35,6 +37,7 @@ def run(line: list[str]) -> Ended:
         except BaseException:
             raised = traceback.format_exc()
     logging.disable(logging.NOTSET)
+    torch.use_deterministic_algorithms(False)
     return Ended(code, out.getvalue(), errors.getvalue(), raised)
 
 
