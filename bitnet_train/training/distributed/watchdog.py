@@ -15,6 +15,7 @@ import lightning as L
 from bitnet_train.durable import reason
 from bitnet_train.training.callbacks.step import StepCallback
 from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.launch import LOST
 from bitnet_train.training.module import TrainingModule
 
 # The exit code of a run that was ended because no step did.
@@ -90,7 +91,8 @@ class Watchdog(StepCallback):
             failed_since = failed_since or time.monotonic()
             # The main thread finds out by itself where a broken connection is an error.
             if time.monotonic() - failed_since > GRACE:
-                self._say(failure[0])
+                if failure[1] != LOST:  # else the launcher says it
+                    self._say(failure[0])
                 self.end(failure[1])
                 return
 
