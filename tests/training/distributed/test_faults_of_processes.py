@@ -1,10 +1,23 @@
 """What goes wrong in one of several processes: one sentence and one exit code, and nobody waits for ever."""
 
+import errno
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
+from bitnet_train.errors import ConfigError
+from bitnet_train.training.callbacks.step import TrainingClock
+from bitnet_train.training.distributed import checkpoints, group
+from bitnet_train.training.distributed.launch import _wait
 from tests.training.conftest import Workspace, write_corpus
+from tests.training.distributed.several import in_processes
 
 SETTINGS = (
     "trainer.devices=2", "trainer.max_steps=9", "trainer.validate_every=9", "samples.every_steps=null", "run_name=a",
@@ -101,15 +114,42 @@ def test_shards_that_cannot_be_written_stop_all_processes(planted: Planted) -> N
     assert "The checkpoint of step 6 cannot be written to runs/a/checkpoints (File exists): make the folder" in said
     assert "runs/a/checkpoints/step-00000003.ckpt is intact, and the same command goes on from it" in said
     assert quiet(output), output
-    planted.monkeypatch.setenv("PLANTED", "")
-    code, output = planted.run(*SETTINGS, FSDP)
-    assert code == 0, output
-    assert "steps 3 to 9" in output
+    assert [path.name for path in (planted.folder / "runs/a/checkpoints").glob("*.partial")] == []
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 1), ("fsdp", 0)])
+def write_on_full_disks(rank: int, folder: Path) -> list[str]:
+    """What the save of a tensor ends with when the disk of process 1 is full: for its shard, then for its checksums."""
+    said = []
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for step, (place, name) in enumerate(((dcp.FileSystemWriter, "write_data"), (checkpoints, "digest_files"))):
+        saving = checkpoints.ShardedCheckpoints(TrainingClock(), folder)
+        saving._hosts, saving._thread = group.new_host_group(), ThreadPoolExecutor(1)
+        saving.saved(step)
+        with mock.patch.object(place, name, side_effect=full) if rank == 1 else nullcontext():
+            path, tensors = folder / f"step-{step:08d}.ckpt", {f"of{rank}": torch.ones(8)}
+            saving._writing = saving._thread.submit(saving._write, path, {}, tensors, 2, 0)
+            try:
+                saving.wait()
+            except ConfigError as error:
+                said.append(str(error))
+        saving._thread.shutdown()
+    return said
+
+
+def test_a_full_disk_of_one_process_is_said_by_all(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    wanted = [
+        f"The checkpoint of step {step} cannot be written to {folder} (No space left on device): lower checkpoint.keep "
+        "or free space; nothing was saved before."
+        for step in (0, 1)
+    ]
+    assert in_processes(2, tmp_path, write_on_full_disks, folder) == [wanted, wanted]
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 1), pytest.param("fsdp", 0, marks=pytest.mark.slow)])
 def test_a_killed_process_is_named_with_its_signal(planted: Planted, strategy: str, rank: int) -> None:
-    kill = f"if step == 4 and rank == {rank}: os.kill(os.getpid(), 9)"
+    kill = f"if step == 7 and rank == {rank}: os.kill(os.getpid(), 9)"
     said, output = planted.fails(kill, f"trainer.strategy={strategy}")
     assert said == (
         f"bitnet_train: Process {rank} of 2 was killed by SIGKILL, which is what the system does when memory runs out: "
@@ -117,6 +157,21 @@ def test_a_killed_process_is_named_with_its_signal(planted: Planted, strategy: s
         "same command goes on from it."
     )
     assert quiet(output), output
+
+
+@pytest.mark.parametrize(
+    ("scripts", "codes", "killed"),
+    [
+        (("exit 6", "kill -9 $$"), [6, -9], 1),
+        (("sleep 0.5; exit 6", "kill -SEGV $$"), [6, -11], 1),
+        # One that has said what is wrong takes others along.
+        (("exit 2", "sleep 0.5; kill -ABRT $$"), [2, -6], None),
+        (("exit 143", "kill -TERM $$"), [143, -15], None),
+    ],
+)
+def test_who_was_killed_before_anything_else_went_wrong(scripts: list[str], codes: list[int], killed: int) -> None:
+    children = [subprocess.Popen(["sh", "-c", script]) for script in scripts]
+    assert _wait(children) == (codes, killed)
 
 
 def test_the_traceback_of_a_bug_is_shown_whichever_process_meets_it(planted: Planted) -> None:
