@@ -146,4 +146,5 @@ def _killed(rank: int, count: int, code: int, folder: RunFolder) -> BitnetTrainE
 def _code(codes: Sequence[int]) -> int:
     # Ended by a signal: 128 + its number, as a shell says it.
     told = [128 - code if code < 0 else code for code in codes]
-    return told[0] or max(told)
+    # Who has only lost another one knows less than that one.
+    return (told[0] if told[0] != LOST else 0) or max(code for code in (*told, 0) if code != LOST)

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from bitnet_train.errors import ConfigError
 from bitnet_train.training.callbacks.step import TrainingClock
 from bitnet_train.training.distributed import checkpoints, group
-from bitnet_train.training.distributed.launch import _wait
+from bitnet_train.training.distributed.launch import _code, _wait
 from tests.training.conftest import Workspace, write_corpus
 from tests.training.distributed.several import in_processes
 
@@ -174,6 +174,31 @@ def test_who_was_killed_before_anything_else_went_wrong(scripts: list[str], code
     assert _wait(children) == (codes, killed)
 
 
+@pytest.mark.parametrize(
+    ("codes", "wanted"), [([0, 0], 0), ([2, 6], 2), ([0, 3], 3), ([6, 1], 1), ([6, 5], 5), ([-15, 6], 143), ([6, 0], 0)]
+)
+def test_the_code_of_a_run_is_of_a_process_that_knows_why(codes: list[int], wanted: int) -> None:
+    assert _code(codes) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:39624: Connection reset by peer. This is", True),
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:55976. This is typically", True),
+        ("failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
+        ("sendBytes failed on SocketImpl(fd=3): Broken pipe", True),
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", True),
+        # Two processes that do different things.
+        ("[gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_lost_connection_is_told_from_a_bug(text: str, lost: bool) -> None:
+    assert bool(group.CONNECTION_LOST.search(text)) is lost
+
+
+@pytest.mark.slow
 def test_the_traceback_of_a_bug_is_shown_whichever_process_meets_it(planted: Planted) -> None:
     said, output = planted.fails("if step == 4 and rank == 1: raise RuntimeError('a bug')", code=1)
     assert said == "bitnet_train: process 1 failed with RuntimeError: a bug"
