@@ -29,8 +29,8 @@ LOOK_EVERY = 0.2
 # Seconds in which the reason for a broken connection must arrive from the process that failed, and in which the others
 # must have heard it from the first one, whose end takes the store along.
 REASON_WITHIN = 5.0
-# What gloo, NCCL and the store say when another process is gone. A RuntimeError without any of it (they complain of tensors
-# of two sizes too) is a bug, whose traceback is wanted.
+# What gloo, NCCL and the store say when another process is gone. A RuntimeError without any of it (they complain of
+# tensors of two sizes too) is a bug, whose traceback is wanted.
 CONNECTION_LOST = re.compile(
     r"Connection (closed|reset|refused|was likely closed|aborted|timed out)|Broken pipe|failed to recv, got 0 bytes|"
     r"No route to host|Network is unreachable|ncclRemoteError|NCCL communicator was aborted",
