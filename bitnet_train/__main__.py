@@ -121,7 +121,10 @@ def told_to_all(error: BitnetTrainError) -> BitnetTrainError:
 
     Without a meeting the others would wait for this one, and only the first one speaks.
     """
-    ranks = this_process()
+    try:
+        ranks = this_process()
+    except ConfigError:  # nobody can be met
+        return error
     if ranks.world > 1:
         import torch
 

@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 
 from bitnet_train.durable import is_environment, reason
+from bitnet_train.errors import ConfigError
 from bitnet_train.ranks import this_process
 from bitnet_train.secrets import masked
 from bitnet_train.training.out_of_memory import is_out_of_memory
@@ -19,8 +20,10 @@ TERMINATED = "Terminated; nothing was changed since the last save."
 
 def say(sentence: str) -> None:
     """One line on the standard error, from the first process, without secrets."""
-    if not this_process().first:
-        return
+    # An environment that does not tell which process this is must not keep the sentence about that from being said.
+    with suppress(ConfigError):
+        if not this_process().first:
+            return
     # A value of thousands of letters says no more than its beginning.
     short = re.sub(r"\S{400,}", lambda found: f"{found[0][:200]}...", masked(sentence))
     with suppress(OSError):  # nobody can read it

@@ -13,6 +13,7 @@ from bitnet_train.commands import run
 from bitnet_train.config import from_plain
 from bitnet_train.errors import BitnetTrainError
 from bitnet_train.messages import TERMINATED, of_the_machine, say
+from bitnet_train.training.distributed.launch import LOST
 from bitnet_train.validation import to_config
 
 
@@ -23,8 +24,9 @@ def main() -> NoReturn:
         with signals.listening():
             code = run(to_config(from_plain(json.loads(job.read_text()), job)))
     except BitnetTrainError as error:
-        say(str(error))
         code = error.exit_code
+        if code != LOST:  # else the launcher says it
+            say(str(error))
     except (MemoryError, OSError, RuntimeError) as error:
         sentence = of_the_machine(error)
         if sentence is None:

@@ -59,7 +59,10 @@ def plan_requeue(
     job = environment["SLURM_JOB_ID"]
     if environment.get("SLURM_ARRAY_TASK_ID"):
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    restarts = int(environment.get("SLURM_RESTART_COUNT") or 0)
+    # A job that is not put back is lost, so that a count that cannot be read is none.
+    count = environment.get("SLURM_RESTART_COUNT") or "0"
+    known = count.isascii() and count.isdigit()
+    restarts = int(count) if known else 0
     if restarts >= max_requeues:
         return Requeue(None, f"SLURM job {job} is not requeued: cluster.max_requeues={max_requeues} restarts are used.")
     if described is None:
@@ -72,7 +75,10 @@ def plan_requeue(
     ended = fields.get("JobState") not in ("RUNNING", "SUSPENDED", "PREEMPTED")
     if ended and fields.get("Reason") != "TimeLimit":
         return Requeue(None, f"SLURM job {job} was cancelled and is not requeued.")
-    return Requeue(job, f"SLURM job {job} goes back into the queue (restart {restarts + 1} of at most {max_requeues}).")
+    which = f"restart {restarts + 1} of at most {max_requeues}"
+    if not known:
+        which += f"; warning: SLURM_RESTART_COUNT={count} is no number, so that restarts cannot be counted"
+    return Requeue(job, f"SLURM job {job} goes back into the queue ({which}).")
 
 
 def _describe(job: str) -> str | None:

@@ -53,8 +53,8 @@ def run(cfg: Config) -> int:
     from bitnet_train.training.distributed import group
 
     group.join(ranks, choose_device(cfg) == "cuda")
-    group.agree(None)  # who failed before says so now
     with group.failing_together():
+        group.agree(None)  # who failed before says so now
         code = _train(cfg, ranks)
     group.leave()
     return code

@@ -36,7 +36,7 @@ def in_one_sentence(error: Exception, folder: RunFolder, step: int) -> BitnetTra
     if isinstance(error, OSError) and is_environment(error):
         where = f" {error.filename}" if error.filename else ""
         return ConfigError(
-            f"In step {step} a file{where} cannot be read or written ({reason(error)}): repair that; {_go_on(folder)}."
+            f"In step {step} a file{where} cannot be read or written ({reason(error)}): repair that; {go_on(folder)}."
         )
     return None
 
@@ -44,7 +44,7 @@ def in_one_sentence(error: Exception, folder: RunFolder, step: int) -> BitnetTra
 def _worker_gone(step: int, what: str, folder: RunFolder) -> ConfigError:
     return ConfigError(
         f"In step {step} a data loader process{what}, which is what the system does when memory runs out: free memory "
-        f"or lower data.workers; {_go_on(folder)}."
+        f"or lower data.workers; {go_on(folder)}."
     )
 
 
@@ -53,6 +53,7 @@ def _from_a_worker(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
 
 
-def _go_on(folder: RunFolder) -> str:
+def go_on(folder: RunFolder) -> str:
+    """What is saved, and how the run goes on from it."""
     last = folder.last_checkpoint
     return "nothing was saved yet" if last is None else f"{last} is intact, and the same command goes on from it"

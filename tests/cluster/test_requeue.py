@@ -15,6 +15,8 @@ RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None BatchFlag=1 Requeue=1"
         (JOB, RUNNING, "7", "SLURM job 7 goes back into the queue (restart 1 of at most 3)."),
         (JOB | {"SLURM_RESTART_COUNT": "2"}, RUNNING, "7", "restart 3 of at most 3"),
         (JOB | {"SLURM_RESTART_COUNT": "3"}, RUNNING, None, "cluster.max_requeues=3 restarts are used"),
+        # A job that is not put back is lost.
+        (JOB | {"SLURM_RESTART_COUNT": "x"}, RUNNING, "7", "warning: SLURM_RESTART_COUNT=x is no number"),
         (JOB | {"SLURM_PROCID": "1"}, RUNNING, None, ""),
         (JOB | {"RANK": "1"}, RUNNING, None, ""),
         (JOB | {BY_SCRIPT: "1"}, RUNNING, None, "The batch script puts the job back"),

@@ -124,10 +124,8 @@ class Checkpoints(StepCallback):
         path = self.folder / f"step-{step:08d}.ckpt"
         partial = path.with_suffix(".partial")
         with self.clock.paused():
-            self._check_data(trainer)
+            self.check_and_log(trainer, step)
             try:
-                for logger in trainer.loggers:
-                    logger.save()
                 trainer.save_checkpoint(partial)
                 replace_durably(partial, path)
                 point_last_to(path)
@@ -135,12 +133,23 @@ class Checkpoints(StepCallback):
             except OSError as error:
                 with contextlib.suppress(OSError):
                     partial.unlink()
-                raise ConfigError(self._not_saved(step, error)) from None
+                raise ConfigError(self.not_saved(step, error)) from None
         self.saved_step, self._saved_at = step, time.monotonic()
         return True
 
+    def check_and_log(self, trainer: L.Trainer, step: int) -> None:
+        """What comes before a checkpoint: nothing is saved that was trained on changed data, or without its metrics.
+
+        Raises ConfigError, which says where to go on.
+        """
+        self._check_data(trainer)
+        try:
+            for logger in trainer.loggers:
+                logger.save()
+        except OSError as error:
+            raise ConfigError(self.not_saved(step, error)) from None
+
     def _check_data(self, trainer: L.Trainer) -> None:
-        """Nothing is saved that was trained on changed data. Raises ConfigError, which says where to go on."""
         check = getattr(trainer.datamodule, "check_unchanged", None)  # type: ignore[attr-defined]
         gone = [] if check is None else check()
         if gone and not self._said_gone:
@@ -151,10 +160,13 @@ class Checkpoints(StepCallback):
                 flush=True,
             )
 
-    def _not_saved(self, step: int, error: OSError) -> str:
+    def not_saved(self, step: int, error: OSError) -> str:
+        """The sentence for a disk that does not take the checkpoint of ``step``."""
         there = sorted(self.folder.glob("step-*.ckpt"))
         before = f"{there[-1]} is intact, and the same command goes on from it" if there else "nothing was saved before"
         what = "lower checkpoint.keep or free space" if error.errno in FULL else "make the folder writable"
+        if error.errno is None:  # a library's own words
+            what = "free space or make the folder writable"
         return f"The checkpoint of step {step} cannot be written to {self.folder} ({reason(error)}): {what}; {before}."
 
 

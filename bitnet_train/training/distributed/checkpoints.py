@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bitnet_train.training.callbacks.checkpoint import (
     Checkpoints,
     point_last_to_folder,
     prune,
+    remove,
     worth_keeping,
     write_archive,
 )
@@ -38,6 +40,10 @@ def build_checkpoints(
     if processes(cfg.trainer) == 1:
         return Checkpoints(clock, folder, start, fork)
     return (ShardedCheckpoints if sharded(cfg) else ReplicatedCheckpoints)(clock, folder, start, fork)
+
+
+class ElsewhereError(Exception):
+    """Another process could not write its part of a checkpoint."""
 
 
 class ReplicatedCheckpoints(Checkpoints):
@@ -83,7 +89,7 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, trainer: L.Trainer, module: TrainingModule, step: int) -> bool:
-        """Begin to save; see :meth:`Checkpoints.save`. Raises ConfigError when the save before failed."""
+        """Begin to save; see :meth:`Checkpoints.save`. All raise ConfigError together, also for the save before."""
         if step == self.saved_step:
             return True
         if not worth_keeping(module):
@@ -91,8 +97,7 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
         assert self._thread is not None
         with self.clock.paused():
             self.wait()
-            for logger in trainer.loggers:
-                logger.save()
+            group.from_first(lambda: self.check_and_log(trainer, step))
             rest, tensors = take_apart(trainer._checkpoint_connector.dump_checkpoint(False))
             copies = {name: _copy(tensor) for name, tensor in tensors.items()}
         path = self.folder / f"step-{step:08d}.ckpt"
@@ -109,40 +114,60 @@ class ShardedCheckpoints(ReplicatedCheckpoints):
         if writing is not None:
             try:
                 writing.result()
-            except Exception as failure:  # of the disk or of another process
-                error = ConfigError(
-                    f"The checkpoint of step {self.saved_step} cannot be written to {self.folder} ({failure}): free "
-                    "space or make the folder writable; what was saved before is intact, and the same command goes on "
-                    "from it."
-                )
+            except ElsewhereError:  # which the other process says
+                pass
+            except Exception as failure:
+                of_disk = failure if isinstance(failure, OSError) else OSError(_first_line(failure))
+                error = ConfigError(self.not_saved(self.saved_step, of_disk))
             group.agree(error)
 
     def _write(self, path: Path, rest: dict[str, Any], tensors: dict[str, Tensor], keep: int, good: int) -> None:
-        """In the thread."""
-        partial, failure = path.with_suffix(".partial"), None
-        if group.first():
-            partial.mkdir(parents=True, exist_ok=True)
-        dist.barrier(group=self._hosts)
-        try:
+        """In the thread. Raises what failed here, and ElsewhereError when that was in another process alone."""
+        partial = path.with_suffix(".partial")
+
+        def make() -> None:
+            if group.first():
+                partial.mkdir(parents=True, exist_ok=True)
+
+        def write() -> None:
             # Raises in every process when one of them fails.
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._hosts)
             digests = digest_files(partial, group.rank())
             write_atomically(partial / f"files-{group.rank()}.json", json.dumps(digests))
+
+        try:
+            # None goes on, to wait for the others, before all have done their part.
+            self._together(make)
+            self._together(write)
+            if group.first():
+                write_archive(rest, partial / REST)
+                sync_file(partial / REST)
+                sync_folder(partial)
+                put_folder(partial, path)
+                point_last_to_folder(path)
+                prune(self.folder, path, keep, good)
+        except Exception:
+            if group.first():
+                with contextlib.suppress(OSError):
+                    remove(partial)
+            raise
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do ``action``, and tell each other whether it failed. In the thread."""
+        failure: Exception | None = None
+        try:
+            action()
+        except dcp.api.CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            failure = next((one for one in causes if isinstance(one, OSError)), OSError(_first_line(causes[0])))
         except Exception as error:
             failure = error
         failed = torch.tensor(int(failure is not None))
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._hosts)
         if failure is not None:
-            raise OSError(str(failure).strip().splitlines()[0])
+            raise failure
         if int(failed):
-            raise OSError("another process could not write")
-        if group.first():
-            write_archive(rest, partial / REST)
-            sync_file(partial / REST)
-            sync_folder(partial)
-            put_folder(partial, path)
-            point_last_to_folder(path)
-            prune(self.folder, path, keep, good)
+            raise ElsewhereError
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         thread, self._thread = self._thread, None
@@ -171,6 +196,10 @@ def put_folder(partial: Path, path: Path) -> None:
     else:
         partial.rename(path)
         sync_folder(path.parent)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ has to wait; tensors of the step are reduced on their device.
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitnet_train.errors import BitnetTrainError, ConfigError
-from bitnet_train.ranks import Ranks
+from bitnet_train.ranks import Ranks, this_process
+from bitnet_train.training.distributed.launch import LOST
 
 T = TypeVar("T")
 
@@ -24,11 +26,26 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 # Seconds between two looks at the store while waiting for the first process, which may prepare data for hours.
 LOOK_EVERY = 0.2
-# Seconds in which the reason for a broken connection must arrive from the process that failed.
+# Seconds in which the reason for a broken connection must arrive from the process that failed, and in which the others
+# must have heard it from the first one, whose end takes the store along.
 REASON_WITHIN = 5.0
+# What gloo, NCCL and the store say when another process is gone. A RuntimeError without any of it (they complain of
+# tensors of two sizes too) is a bug, whose traceback is wanted.
+CONNECTION_LOST = re.compile(
+    r"Connection (closed|reset|refused|was likely closed|aborted|timed out)|Broken pipe|failed to recv, got 0 bytes|"
+    r"No route to host|Network is unreachable|ncclRemoteError|NCCL communicator was aborted",
+    re.IGNORECASE,
+)
+GONE = (
+    "Another process of this run is gone without a word: it was killed, which is what the system does when memory runs "
+    "out, or its machine cannot be reached; what started the processes may say more. What was saved before is intact, "
+    "and the same command goes on from it."
+)
 
 _HOSTS: list[dist.ProcessGroup] = []
 _TURNS = [0]
+# The failure of another process, once it is known: the store that told it may be gone by then.
+_HEARD: list[tuple[str, int]] = []
 
 
 def joined() -> bool:
@@ -80,6 +97,7 @@ def _new_hosts() -> dist.ProcessGroup:
 def leave() -> None:
     """Disconnect, if connected."""
     _HOSTS.clear()
+    _HEARD.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -202,16 +220,36 @@ def failing_together() -> Iterator[None]:
         yield
     except BitnetTrainError as error:
         announce(str(error), error.exit_code)
+        _until_heard()
         raise
     except KeyboardInterrupt:
         raise
     except Exception as error:
-        found = announced(REASON_WITHIN) if isinstance(error, RuntimeError) else None
-        if found is not None:
+        if isinstance(error, RuntimeError) and CONNECTION_LOST.search(str(error)):
+            found = announced(REASON_WITHIN)
+            if found is None:
+                found = (GONE, _gone_code())
+                announce(*found)  # for those that wait for somebody else
             raise _error(*found) from None
         lines = str(error).strip().splitlines() or ["no reason given"]
         announce(f"process {rank()} failed with {type(error).__name__}: {lines[0]}", 1)
+        _until_heard()
         raise
+
+
+def _gone_code() -> int:
+    # This project's own launcher knows better who is gone, and says it.
+    return LOST if this_process().launcher == "bitnet_train" else ConfigError.exit_code
+
+
+def _until_heard() -> None:
+    """Say that this process knows of the failure; the first one waits a moment until all others do."""
+    tell(f"heard{rank()}", "")
+    deadline = time.monotonic() + REASON_WITHIN
+    others = [f"heard{other}" for other in range(1, world())]
+    with contextlib.suppress(RuntimeError, ValueError):
+        while first() and not store().check(others) and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY)
 
 
 def announce(message: str, code: int) -> None:
@@ -237,11 +275,19 @@ def told(key: str) -> str | None:
 def announced(within: float = 0.0) -> tuple[str, int] | None:
     """What another process failed with, as (message, exit code), if it is known ``within`` so many seconds."""
     deadline = time.monotonic() + within
-    while True:
-        found = told("failure")
+    while not _HEARD:
+        try:
+            found = store().get("failure").decode() if joined() and store().check(["failure"]) else None
+        except (RuntimeError, ValueError):  # the first process is gone, and the store with it
+            return None
         if found is not None:
             code, who, message = found.split(":", 2)
-            return (message, int(code)) if int(who) != rank() else None
-        if time.monotonic() > deadline:
+            if int(who) == rank():
+                return None
+            _HEARD.append((message, int(code)))
+            tell(f"heard{rank()}", "")
+        elif time.monotonic() > deadline:
             return None
-        time.sleep(LOOK_EVERY)
+        else:
+            time.sleep(LOOK_EVERY)
+    return _HEARD[0]

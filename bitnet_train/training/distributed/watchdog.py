@@ -1,5 +1,6 @@
 """Ends a run that hangs, with the stacks of all processes, and one whose other processes have failed."""
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 
 import lightning as L
 
+from bitnet_train.durable import reason
 from bitnet_train.training.callbacks.step import StepCallback
 from bitnet_train.training.distributed import group
+from bitnet_train.training.distributed.launch import LOST
 from bitnet_train.training.module import TrainingModule
 
 # The exit code of a run that was ended because no step did.
@@ -25,8 +28,9 @@ GRACE = 10.0
 
 class Watchdog(StepCallback):
     """A thread beside training. When no step has ended for ``minutes`` (validation, texts and saving included), every
-    process writes the stacks of its threads to ``folder``/hang-rankR.txt, the first one says so, and all end with exit
-    code 5. The first step may take three times as long: compilers and caches are cold.
+    process writes the stacks of its threads to ``folder``/hang-rankR.txt (to the standard error where that cannot be),
+    the first one says so, and all end with exit code 5, also where writing never returns. The first step may take three
+    times as long: compilers and caches are cold.
 
     Whatever ``minutes`` is, a process ends with the others when one of them has failed: on a GPU it would wait for them
     in a collective.
@@ -87,26 +91,42 @@ class Watchdog(StepCallback):
             failed_since = failed_since or time.monotonic()
             # The main thread finds out by itself where a broken connection is an error.
             if time.monotonic() - failed_since > GRACE:
-                self._say(failure[0])
+                if failure[1] != LOST:  # else the launcher says it
+                    self._say(failure[0])
                 self.end(failure[1])
                 return
 
     def _hung(self) -> None:
+        # Whatever made the run hang, a dead file server for one, may stop this thread at any of the lines that follow.
+        last_resort = threading.Timer(2 * GRACE, self.end, (HUNG,))
+        last_resort.daemon = True
+        last_resort.start()
         group.tell("hang", str(group.rank()))
-        path = self.folder / f"hang-rank{group.rank()}.txt"
-        with path.open("w") as stream:
-            stream.write(f"process {group.rank()} of {group.world()}, after step {self._step}\n\n")
-            stream.flush()
-            faulthandler.dump_traceback(stream, all_threads=True)
-        if group.world() > 1:
-            time.sleep(GRACE)  # a process that ends takes the others' connections with it
         self._say(
             f"Stopped: no step has ended for {self.minutes:g} minutes after step {self._step} (trainer.hang_timeout). "
             f"What every process was doing is in {self.folder}/hang-rank*.txt; the last checkpoint is intact, and the "
             "same command goes on from it."
         )
+        self._write_stacks()
+        if group.world() > 1:
+            time.sleep(GRACE)  # a process that ends takes the others' connections with it
         self.end(HUNG)
+        last_resort.cancel()
+
+    def _write_stacks(self) -> None:
+        path = self.folder / f"hang-rank{group.rank()}.txt"
+        title = f"process {group.rank()} of {group.world()}, after step {self._step}"
+        try:
+            with path.open("w") as stream:
+                stream.write(f"{title}\n\n")
+                stream.flush()
+                faulthandler.dump_traceback(stream, all_threads=True)
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{path} cannot be written ({reason(error)}): {title}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
 
     def _say(self, sentence: str) -> None:
         if group.first():
-            print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody can read it
+                print(f"bitnet_train: {sentence}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What processes say to each other, with two of them; and which process this is."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from bitnet_train.errors import ConfigError, DivergedError
 from bitnet_train.ranks import Ranks, this_process
 from bitnet_train.training.distributed import group
+from tests.training.conftest import Workspace
 from tests.training.distributed.several import in_processes
 
 
@@ -101,8 +103,42 @@ def test_a_single_process_does_things_at_once() -> None:
         # The batch script of a job with four tasks is one process.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, Ranks()),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Ranks()),
+        (
+            {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "BITNET_TRAIN_LAUNCHER": "1"},
+            Ranks(1, 1, 2, 2, "bitnet_train"),
+        ),
     ],
 )  # fmt: skip
 def test_which_process_this_is(environment: dict[str, str], wanted: Ranks) -> None:
     assert this_process(environment) == wanted
     assert wanted.first == (wanted.rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"RANK": "abc", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=abc, which must be a whole number from 0 to 1"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2, which must be a whole number from 0 to 1"),
+        ({"RANK": "0", "LOCAL_RANK": "-1", "WORLD_SIZE": "2"}, "LOCAL_RANK=-1, which must be a whole number from 0"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE=, which must be a whole number from 1"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS=x, which must be a whole number from 1"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1.0"}, "SLURM_PROCID=1.0, which must be a whole number"),
+    ],
+)
+def test_numbers_that_are_none_are_said(environment: dict[str, str], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"The environment says {re.escape(wanted)}"):
+        this_process(environment)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "abc", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "x"}]
+)
+def test_a_command_answers_them_in_one_sentence(
+    environment: dict[str, str], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, output = workspace.run("run_name=a")
+    assert code == 2
+    assert output.startswith("bitnet_train: The environment says ")
+    assert output.count("\n") == 1

@@ -1,5 +1,6 @@
 """A run in which no step ends is ended, with what every process was doing."""
 
+import os
 import time
 from pathlib import Path
 
@@ -37,6 +38,34 @@ def test_the_stacks_are_written_and_the_run_ends(tmp_path: Path, capfd: pytest.C
     said = capfd.readouterr().err
     assert "no step has ended for 0.005 minutes after step 8 (trainer.hang_timeout)" in said
     assert said.count("bitnet_train:") == 1
+
+
+def test_a_run_whose_folder_is_gone_ends_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ended: list[int] = []
+    dog = Watchdog(tmp_path / "gone", SOON, ended.append)
+    dog.start(7)
+    a_function_that_waits(ended)
+    dog.stop()
+    assert ended == [HUNG]
+    said = capfd.readouterr().err
+    assert said.count("bitnet_train: Stopped: no step has ended") == 1
+    assert "hang-rank0.txt cannot be written (No such file or directory): process 0 of 1, after step 7" in said
+    assert "a_function_that_waits" in said
+    assert "Traceback" not in said
+
+
+def test_a_disk_that_never_answers_keeps_no_run_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "GRACE", 0.1)
+    ended: list[int] = []
+    stacks = tmp_path / "hang-rank0.txt"
+    os.mkfifo(stacks)  # nobody reads it: to open it takes for ever
+    dog = Watchdog(tmp_path, SOON, ended.append)
+    dog.start(7)
+    a_function_that_waits(ended)
+    assert ended == [HUNG]
+    reader = os.open(stacks, os.O_RDONLY | os.O_NONBLOCK)
+    dog.stop()
+    os.close(reader)
 
 
 def test_steps_and_the_end_of_training_keep_it_quiet(tmp_path: Path) -> None:
