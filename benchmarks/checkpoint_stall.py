@@ -56,6 +56,7 @@ def measure(strategy: str, settings: argparse.Namespace, folder: Path) -> dict[s
         f"+recipe={settings.recipe}", f"run_name={name}", f"paths.runs={folder}", f"paths.data={settings.data}",
         "trainer.devices=2", f"trainer.strategy={strategy}", "trainer.compile=false", "trainer.log_every=1",
         f"trainer.max_steps={settings.steps}", f"checkpoint.every_steps={settings.every}", "schedule=constant",
+        "optimizer=adamw", "optimizer.lr=4e-3",  # FSDP shards no Muon
         "samples.every_steps=null", f"trainer.validate_every={settings.steps}",
     ]  # fmt: skip
     out = folder / f"{strategy}.json"
