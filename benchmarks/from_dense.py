@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from effects import finished, folder_name
+from effects import finished, folder_name, own_steps
 from trainings import rows
 from trainings import train as start
 
@@ -72,7 +72,7 @@ def train(name: str, overrides: list[str], places: argparse.Namespace) -> float 
     """Bits per byte of a run at its end, which is trained unless it is there; None when it fails (see its log)."""
     folder, dense = places.runs / folder_name(name), places.runs / folder_name(DENSE)
     log = places.runs / f"{folder_name(name)}.log"
-    steps = next(int(o.partition("=")[2]) for o in overrides if o.startswith("trainer.max_steps="))
+    steps = own_steps(overrides)
     if finished(folder, steps) is None:
         settings = [
             *(o.replace("DENSE", str(dense)) for o in overrides), f"seed={places.seed}",

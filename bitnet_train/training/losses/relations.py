@@ -79,12 +79,11 @@ class _RelationKl(torch.autograd.Function):
             p = log_p.exp()
             terms = p * (log_p - log_q)
             terms = terms if unseen is None else terms.masked_fill(unseen, 0.0)  # 0 * inf
-            grad = (log_q.exp() - p) * (scale / rows)
-            if left_out is not None:
-                without = left_out[start : start + together]
-                terms, grad = terms.masked_fill(without, 0.0), grad.masked_fill(without, 0.0)
-            total = total + terms.sum()
+            without = None if left_out is None else left_out[start : start + together]
+            total = total + (terms if without is None else terms.masked_fill(without, 0.0)).sum()
             if ctx.needs_input_grad[0]:
+                grad = (log_q.exp() - p) * (scale / rows)
+                grad = grad if without is None else grad.masked_fill(without, 0.0)
                 grads.append((grad + grad.mT) @ a)
         if grads:
             ctx.save_for_backward(torch.cat(grads))
