@@ -141,6 +141,7 @@ CONFIRM: dict[str, list[str]] = {
     "muon, lambda": [*MUON, *LAMBDA],
     # As many steps as fit into the time of the dense twin's: a ternary step was 1.19 times as fast.
     "muon, lambda, 2,500 steps": [*MUON, *LAMBDA, "trainer.max_steps=2500"],
+    "muon, 2,500 steps": [*MUON, "trainer.max_steps=2500"],
     "dense, muon": ["quant=none", *MUON],
     "lambda linear 20 %": [*ADAMW, *LAMBDA],
     "wsd": [*ADAMW, "schedule=wsd"],
@@ -160,6 +161,7 @@ TWINS = {
     "muon lr 2e-2": "dense, muon",
     "muon, lambda": "dense, muon",
     "muon, lambda, 2,500 steps": "dense, muon",
+    "muon, 2,500 steps": "dense, muon",
     "muon, wsd": "dense, muon, wsd",
     "lr 8e-3": "dense, lr 6e-3",
 }

@@ -8,7 +8,6 @@ training derives once per step; the others quantise as their libraries do, in ev
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from bitnet_train.benchmarking.textbook import TextbookBitLinear
 from bitnet_train.kernels.backend import Backend, WeightCodes
 from bitnet_train.kernels.op import shared_bit_linear
 from bitnet_train.nn.config import DecoderConfig
+from bitnet_train.nn.kept import counting_kept
 from bitnet_train.nn.layout import block_linears
 from bitnet_train.planning.roofline import SHARED, LinearWork
 from bitnet_train.quant.spec import GradientPolicy, LayerQuant, QuantSpec
@@ -186,25 +186,10 @@ def has_fp8(device: torch.device) -> bool:
 
 def kept_bytes(layer: Layer) -> int:
     """Bytes that a forward keeps for its backward: saved tensors, each storage once, without the parameters."""
-    parameters = {_storage(leaf)[0] for leaf in layer.leaves}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        address, size = _storage(tensor)
-        if address not in parameters:
-            storages[address] = size
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with counting_kept(layer.leaves) as kept:
         outputs = layer.forward(layer.x)
     del outputs
-    return sum(storages.values())
-
-
-def _storage(tensor: Any) -> tuple[int, int]:
-    inner = getattr(tensor, "_data", None)
-    storage = (inner if isinstance(inner, Tensor) else tensor).untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+    return kept.nbytes
 
 
 def _maybe_compiled(

@@ -109,23 +109,14 @@ def saved_bytes(cfg: ClassifierConfig, spec: QuantSpec, bf16: bool, images: int)
     """
     import torch
 
+    from bitnet_train.nn.kept import counting_kept
     from bitnet_train.nn.vision.model import CLASSIFIERS
 
     model = CLASSIFIERS[type(cfg)](cfg, spec)  # type: ignore[arg-type]
     batch = torch.zeros(images, cfg.channels, cfg.image_size, cfg.image_size)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), batch)}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, or another could get an address again
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages.setdefault(storage.data_ptr(), storage)
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
-    ):
+    own = (*model.parameters(), *model.buffers(), batch)
+    with counting_kept(own) as kept, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         logits = model(batch)
-        torch.nn.functional.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.long))
-    return sum(storage.nbytes() for storage in storages.values())
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.zeros(images, dtype=torch.long))
+    del loss
+    return kept.nbytes

@@ -14,6 +14,7 @@ from bitnet_train.nn.audit import audit
 from bitnet_train.nn.code_cache import CodeCache
 from bitnet_train.nn.config import Activation, ActivationCheckpointing, DecoderConfig, Norms, ResidualDtype
 from bitnet_train.nn.decoder import Decoder
+from bitnet_train.nn.kept import counting_kept
 from bitnet_train.nn.layout import Role, parameter_table
 from bitnet_train.planning.curve import characteristic_points, draw
 from bitnet_train.planning.flops import forward_flops, forward_flops_per_token, training_flops_per_token
@@ -62,22 +63,11 @@ def saved_bytes(
     model = Decoder(cfg, spec)
     model.checkpoint_activations(what)
     CodeCache(model)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages.setdefault(storage.data_ptr(), storage)
-        return tensor
-
     ids = torch.randint(0, cfg.vocab, (BATCH, LENGTH + 1))
     selective = what is ActivationCheckpointing.selective
     before = live_tensors() if selective else []
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
-    ):
+    own = (*model.parameters(), *model.buffers())
+    with counting_kept(own) as kept, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         loss = linear_cross_entropy(model.hidden_states(ids[:, :-1]), model.head_weight, ids[:, 1:])
     assert loss.requires_grad
     if selective:
@@ -85,8 +75,8 @@ def saved_bytes(
         known = {id(tensor) for tensor in [loss, ids, *before]}
         for tensor in live_tensors():
             if id(tensor) not in known:
-                note(tensor)
-    return sum(storage.nbytes() for storage in storages.values())
+                kept.add(tensor)
+    return kept.nbytes
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16-mixed", "32-true"])
