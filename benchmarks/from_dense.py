@@ -21,7 +21,8 @@ DENSE = "dense (the teacher)"
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained at a size: steps of the teacher, from it, and from scratch; settings of the two latter."""
+    """What is trained at a size: steps of the teacher, from it, and from scratch; settings of the two latter; steps between
+    validations."""
 
     teacher: int
     from_dense: int
@@ -40,7 +41,8 @@ SIZES = {
         ["optimizer=muon", "optimizer.lr=2e-2"],
         100,
     ),
-    "small": Size(1200, 300, 600, [], ["optimizer=adamw", "optimizer.lr=2e-3"], 100),
+    # As much as an afternoon on two CPU cores has room for: less than an epoch.
+    "small": Size(500, 150, 250, [], ["optimizer=muon", "optimizer.lr=1e-2", "trainer.compile=true"], 50),
 }
 
 
@@ -49,7 +51,7 @@ def runs(name: str) -> dict[str, list[str]]:
     size = SIZES[name]
     fine = [
         "+recipe=finetune", "data=stdlib", *size.finetune, "init.from=DENSE", "optimizer.weight_decay=0.1",
-        "quant.gradient.dw=int8", "trainer.batch_tokens=4096", "trainer.micro_batch=null",
+        "quant.gradient.dw=int8", "trainer.compile=true", "trainer.batch_tokens=4096", "trainer.micro_batch=null",
         f"trainer.max_steps={size.from_dense}",
     ]  # fmt: skip
     degrees = ["quant/progressive=lambda", "quant.progressive.until=0.3"]

@@ -90,6 +90,18 @@ def test_every_argument_reaches_the_program_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "oops").exists()
 
 
+@pytest.mark.parametrize("engine", ContainerEngine)
+def test_an_image_under_home_is_found_there(engine: ContainerEngine, tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    cluster = ClusterConfig(container="~/my images/bt.sqsh", container_engine=engine)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/users/me", "SLURM_JOB_ID": "1",
+                   "SLURM_JOB_END_TIME": "9"}  # fmt: skip
+    done = subprocess.run(["bash"], input=render(cluster, PLAIN), env=environment, text=True, capture_output=True)
+    given = done.stdout.splitlines()
+    assert any(word.removeprefix("--container-image=") == "/users/me/my images/bt.sqsh" for word in given), given
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "container", "requeues"),
     [(0, 0, False, False), (1, 0, False, False), (143, 0, False, False), (138, 0, False, True), (140, 2, False, True),
