@@ -21,8 +21,8 @@ DENSE = "dense (the teacher)"
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained at a size: steps of the teacher, from it, and from scratch; settings of the two latter; steps between
-    validations."""
+    """What is trained at a size: steps of the teacher, from it, and from scratch; settings of the two latter; and how
+    many steps lie between validations."""
 
     teacher: int
     from_dense: int
