@@ -18,7 +18,7 @@ RECIPES = CATALOGUE.recipes
 NEEDED = {
     "finetune": ("init.from=x",),
     "distill_continue": ("init.from=x",),
-    "sft": ("init.from=x", "data.tokenizer.source=x"),
+    "sft": ("init.from=x",),
     "distill": ("init.from=x", "loss.teacher=x"),
 }
 

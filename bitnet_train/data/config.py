@@ -144,13 +144,15 @@ class PretrainedTokenizer(TokenizerConfig):
 
     name: str = "pretrained"
     vocab_size: int = 128256
-    # Path of a tokenizer.json or of a folder that holds one, or a hub name such as microsoft/bitnet-b1.58-2B-4T.
+    # Path of a tokenizer.json or of a folder that holds one (a run, an export, a checkpoint of transformers), or a hub
+    # name such as microsoft/bitnet-b1.58-2B-4T.
     source: str = ""
     # Branch, tag or commit of the hub repository.
     revision: str = "main"
-    # Token that starts every document, and token that ends generation.
-    bos: str = "<|begin_of_text|>"
-    eos: str = "<|end_of_text|>"
+    # Token that starts every document, and token that ends generation; null for those that the files beside the
+    # tokenizer.json name (a run's own, a model's config.json, tokenizer_config.json), eos for both where there is no bos.
+    bos: str | None = None
+    eos: str | None = None
 
 
 TOKENIZER_CONFIGS: dict[str, type[TokenizerConfig]] = {"bpe": BpeTokenizer, "pretrained": PretrainedTokenizer}

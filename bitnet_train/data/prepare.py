@@ -23,7 +23,7 @@ from bitnet_train.data.shards import (
     load_manifest,
     tokenizer_digest,
 )
-from bitnet_train.data.tokenizer import TextTokenizer, build_tokenizer
+from bitnet_train.data.tokenizer import TextTokenizer, build_tokenizer, local_source, read_special_tokens
 from bitnet_train.durable import is_environment, reason, remove_leftovers, sync_file, sync_folder, working_name
 from bitnet_train.errors import ConfigError
 
@@ -68,10 +68,12 @@ def identity_of(cfg: DataConfig, corpus: Corpus, recorded: dict[str, str] | None
     """
     identity = corpus.identity() if recorded is None else identity_since(corpus, recorded)
     if isinstance(cfg.tokenizer, PretrainedTokenizer):
-        source = Path(cfg.tokenizer.source).expanduser()
-        file = source / TOKENIZER_FILE if source.is_dir() else source
-        if file.is_file():
+        source = local_source(cfg.tokenizer)
+        file = None if source is None else source / TOKENIZER_FILE if source.is_dir() else source
+        if file is not None and file.is_file():
             identity["tokenizer"] = tokenizer_digest(file)
+            if None in (cfg.tokenizer.bos, cfg.tokenizer.eos):
+                identity["special_tokens"] = json.dumps(read_special_tokens(file.parent), sort_keys=True)
     return identity
 
 

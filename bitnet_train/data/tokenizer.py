@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet_train.data.config import BpeTokenizer, PretrainedTokenizer, TokenizerConfig
+from bitnet_train.data.shards import TOKENIZER_FILE
 from bitnet_train.durable import write_atomically
 from bitnet_train.errors import ConfigError
 
@@ -67,7 +69,7 @@ class TextTokenizer:
         """Writes tokenizer.json and the special ids, which :func:`load_tokenizer` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         # Written here: the library's own errors are bare Exceptions.
-        write_atomically(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        write_atomically(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
         content: dict[str, int | str] = {"bos_id": self.bos_id, "eos_id": self.eos_id}
         if self.chat_template is not None:
             content["chat_template"] = self.chat_template
@@ -78,7 +80,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     """Reads what :meth:`TextTokenizer.save` wrote. Raises ConfigError when it is missing or damaged."""
     try:
         specials = json.loads((folder / SPECIALS_FILE).read_text())
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         template = specials.get("chat_template")
         if template is not None and not isinstance(template, str):
             raise ValueError("chat_template is no text")
@@ -115,14 +117,15 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
     Raises ConfigError when it cannot be had, lacks the special tokens, has more ids than ``vocab_size``, or is not
     byte-level.
     """
-    path = Path(cfg.source).expanduser()
+    path = local_source(cfg)
     try:
-        if path.is_dir():
-            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        elif path.is_file():
-            tokenizer = Tokenizer.from_file(str(path))
+        if path is None:
+            name, _, revision = cfg.source.partition("@")
+            tokenizer = Tokenizer.from_pretrained(name, revision=revision or cfg.revision)
+            if None in (cfg.bos, cfg.eos):
+                path = _download_specials(name, revision or cfg.revision)
         else:
-            tokenizer = Tokenizer.from_pretrained(cfg.source, revision=cfg.revision)
+            tokenizer = Tokenizer.from_file(str(path / TOKENIZER_FILE if path.is_dir() else path))
     except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -130,13 +133,21 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
             f"that can be reached ({reason})."
         ) from None
     ids: dict[str, int] = {}
-    for key in ("bos", "eos"):
-        token = getattr(cfg, key)
-        index = tokenizer.token_to_id(token)
-        if index is None:
+    folder = path if path is None or path.is_dir() else path.parent
+    own = {} if folder is None else read_special_tokens(folder)
+    for key, given in (("bos", cfg.bos), ("eos", cfg.eos)):
+        # Qwen's models have no token that starts a document: the one that ends it stands between two.
+        token = next((t for t in (given, own.get(key), own.get("eos")) if t is not None), None)
+        if token is None:
+            raise ConfigError(
+                f"data.tokenizer.{key} is not set, and no file beside the tokenizer.json of {cfg.source} says which "
+                "token it is: give data.tokenizer.bos=TOKEN and data.tokenizer.eos=TOKEN."
+            )
+        index = tokenizer.token_to_id(token) if isinstance(token, str) else token
+        if index is None or tokenizer.id_to_token(index) is None:
             raise ConfigError(f"data.tokenizer.{key}={token} is not in the vocabulary of {cfg.source}.")
         ids[key] = index
-    template = read_chat_template(path) if path.is_dir() else None
+    template = own.get("chat_template") or (read_chat_template(path) if path is not None and path.is_dir() else None)
     text_tokenizer = TextTokenizer(tokenizer, ids["bos"], ids["eos"], template)
     size = text_tokenizer.vocab_size
     if size > cfg.vocab_size:
@@ -151,6 +162,57 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
             "could not be counted: choose a byte-level one."
         )
     return text_tokenizer
+
+
+def local_source(cfg: PretrainedTokenizer) -> Path | None:
+    """The file or folder that ``data.tokenizer.source`` is, or None when it can only be a name on the hub.
+
+    That of a run, ``RUN`` or ``RUN@STEP``, is the tokenizer that the run keeps.
+    """
+    for source in (cfg.source, cfg.source.partition("@")[0]):
+        path = Path(source).expanduser()
+        if (path / "tokenizer" / TOKENIZER_FILE).is_file() and not (path / TOKENIZER_FILE).is_file():
+            return path / "tokenizer"
+        if path.exists():
+            return path
+    return None
+
+
+def read_special_tokens(folder: Path) -> dict[str, Any]:
+    """What the files in ``folder`` say of "bos" and "eos", tokens or ids, as far as they do; and a run's
+    "chat_template".
+
+    A run's own file comes first, then a model's config.json (of several ids that end a generation the first), then
+    tokenizer_config.json.
+    """
+    own, model, settings = (_read_mapping(folder / n) for n in (SPECIALS_FILE, "config.json", "tokenizer_config.json"))
+    found: dict[str, Any] = {"chat_template": own["chat_template"]} if own.get("chat_template") else {}
+    for key in ("bos", "eos"):
+        index = own.get(f"{key}_id", model.get(f"{key}_token_id"))
+        index = index[0] if isinstance(index, list) and index else index
+        token = settings.get(f"{key}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+            found[key] = index
+        elif isinstance(token, str):
+            found[key] = token
+    return found
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _download_specials(name: str, revision: str) -> Path:
+    """A folder with the small files of a hub repository that say what its special tokens are."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "tokenizer_config.json", "chat_template.jinja"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -112,7 +114,7 @@ def test_a_damaged_saved_tokenizer_is_refused(bpe: TextTokenizer, tmp_path: Path
 # --- existing tokenizers ---
 
 
-def pretrained(source: Path | str, size: int = 400, **fields: str) -> PretrainedTokenizer:
+def pretrained(source: Path | str, size: int = 400, **fields: str | None) -> PretrainedTokenizer:
     return PretrainedTokenizer(source=str(source), vocab_size=size, **{"bos": END, "eos": END, **fields})
 
 
@@ -123,6 +125,53 @@ def test_a_local_file_or_folder_is_taken(bpe: TextTokenizer, tmp_path: Path, tex
         assert loaded.encode(texts[0]) == bpe.encode(texts[0])
         assert (loaded.bos_id, loaded.eos_id) == (bpe.bos_id, bpe.eos_id)
     assert load_pretrained(pretrained(tmp_path, size=1000)).vocab_size == 400
+
+
+OWN = {"bos": None, "eos": None}
+
+
+def test_the_tokenizer_of_a_run_comes_with_its_special_tokens_and_template(bpe: TextTokenizer, tmp_path: Path) -> None:
+    replace(bpe, eos_id=7, chat_template="{{ messages }}").save(tmp_path / "run" / "tokenizer")
+    for source in ("run", "run@500", "run/tokenizer", "run/tokenizer/tokenizer.json"):
+        loaded = load_pretrained(pretrained(tmp_path / source, **OWN))
+        assert (loaded.bos_id, loaded.eos_id, loaded.chat_template) == (bpe.bos_id, 7, "{{ messages }}")
+    assert load_pretrained(pretrained(tmp_path / "run")).eos_id == bpe.eos_id  # what is given is taken
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"config.json": {"bos_token_id": 5, "eos_token_id": [6, 7]}, "tokenizer_config.json": {"bos_token": END}},
+            (5, 6),
+        ),
+        ({"config.json": {"bos_token_id": 0, "eos_token_id": 3}}, (0, 3)),
+        ({"config.json": {"bos_token_id": None}, "tokenizer_config.json": {"eos_token": {"content": END}}}, None),
+        ({"tokenizer_config.json": {"bos_token": None, "eos_token": END}}, None),
+    ],
+)
+def test_special_tokens_are_those_of_the_model(
+    bpe: TextTokenizer, tmp_path: Path, files: dict[str, Any], expected: tuple[int, int] | None
+) -> None:
+    bpe.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded = load_pretrained(pretrained(tmp_path, **OWN))
+    assert (loaded.bos_id, loaded.eos_id) == (expected or (bpe.eos_id, bpe.eos_id))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"bos_token_id": true}', '{"eos_token_id": []}'])
+def test_special_tokens_that_nothing_names_are_asked_for(
+    bpe: TextTokenizer, tmp_path: Path, content: str | None
+) -> None:
+    bpe.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.bos is not set, and no file .* says which"):
+        load_pretrained(pretrained(tmp_path, **OWN))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 4000, "eos_token_id": 1}')
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.bos=4000 is not in the vocabulary"):
+        load_pretrained(pretrained(tmp_path, **OWN))
 
 
 def test_a_pretrained_tokenizer_that_does_not_fit_is_refused(bpe: TextTokenizer, tmp_path: Path) -> None:

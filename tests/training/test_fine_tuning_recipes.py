@@ -17,6 +17,8 @@ SHORT = (
     "trainer.validate_every=20", "samples.every_steps=null", "checkpoint.every_steps=null",
     "telemetry.every_steps=null",
 )  # fmt: skip
+# Another text than the dense model's: its tokenizer is taken, not a new one.
+OTHER = ("data.corpus.path=other", "data.tokenizer.vocab_size=320", "data.corpus.validation_every=10")
 TEXT = ("data.corpus.path=corpus", "data.tokenizer.vocab_size=320", "data.corpus.validation_every=10")
 
 
@@ -32,16 +34,19 @@ def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``runs/dense``: a dense model without sub-norms, as one meets them."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
+    (tmp_path / "other").mkdir()
+    lines = (json.dumps({"text": f"number {i} is {i * i * 7}, {'odd' if i % 2 else 'even'} " * 9}) for i in range(80))
+    (tmp_path / "other" / "texts.jsonl").write_text("\n".join(lines) + "\n")
     plain = ("quant=none", "model.norms=pre", "init.sub_norm_gain=1", "data=files")
     train("tiny", "dense", 40, *TEXT, *plain, "optimizer=adamw", "optimizer.lr=1e-2")
 
 
 @pytest.mark.usefixtures("dense")
 def test_the_three_stages_of_bitdistill() -> None:
-    continued = train("distill_continue", "continued", 20, "init.from=runs/dense", *TEXT)
+    continued = train("distill_continue", "continued", 20, "init.from=runs/dense", *OTHER)
     assert float(continued[-1]["train/loss"]) < float(continued[0]["train/loss"]) + 1
     assert float(continued[-1]["codes/zeros"]) > 0
-    task = train("distill", "student", 6, "init.from=runs/continued", "loss.teacher=runs/dense", *TEXT,
+    task = train("distill", "student", 6, "init.from=runs/continued", "loss.teacher=runs/dense", *OTHER,
                  "trainer.micro_batch=null")  # fmt: skip
     # The model of stage 2 goes on, and learns from the dense one.
     assert float(task[0]["train/loss"]) == pytest.approx(float(continued[-1]["train/loss"]), abs=1)
@@ -50,7 +55,7 @@ def test_the_three_stages_of_bitdistill() -> None:
 
 @pytest.mark.usefixtures("dense")
 def test_fine_tuning_and_conversations() -> None:
-    tuned = train("finetune", "tuned", 4, "init.from=runs/dense", "init.sub_norms=calibrate", *TEXT)
+    tuned = train("finetune", "tuned", 4, "init.from=runs/dense", "init.sub_norms=calibrate", *OTHER)
     rates = [float(row["lr"]) for row in tuned]
     assert max(rates) <= 2e-5
     talks = [
@@ -61,7 +66,7 @@ def test_fine_tuning_and_conversations() -> None:
     Path("template").write_text(TEMPLATE)
     tokenizer = load_tokenizer(Path("runs/tuned/tokenizer"))
     source = (
-        "data.tokenizer.source=runs/tuned/tokenizer", f"data.tokenizer.vocab_size={tokenizer.vocab_size}",
+        f"data.tokenizer.vocab_size={tokenizer.vocab_size}",
         "data.corpus.path=chats.jsonl", "data.corpus.template=template", "data.corpus.validation_every=10",
     )  # fmt: skip
     talked = train("sft", "talked", 20, "init.from=runs/tuned", *source)
