@@ -46,9 +46,9 @@ Flags
   --hydra-help   the other flags of Hydra, which reads this command line
 
 Every setting, with its value:  python -m bitnet_train +recipe=tiny --cfg job
-What a setting means:           the comments in bitnet_train/*/config.py
+What a setting means:           the comments in bitnet_train/**/config.py
 Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a conversion failed its
-checks; 130 Ctrl-C; 143 terminated or preempted. A continued sweep ends with its worst code.
+checks; 5 hung; 130 Ctrl-C; 143 terminated or preempted. A continued sweep ends with its worst code.
 """
 
 

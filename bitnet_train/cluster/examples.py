@@ -42,7 +42,7 @@ EXAMPLES: dict[str, Example] = {
          "Prepare the shards before (prepare_array.sbatch): 64 processes would wait for them."),
         Layout(8, 8, 8),
         ("+recipe=2b4t", "data=hub", "data.corpus.path=HuggingFaceFW/fineweb-edu", "data.corpus.subset=sample-350BT",
-         "trainer.devices=8", "trainer.num_nodes=8"),
+         "trainer.devices=8", "trainer.num_nodes=8", "trainer.strategy=fsdp"),
         replace(
             BASE, time="2-00:00:00", memory="0", constraint="h100", modules=["apptainer"], setup=[], python=None,
             container="/shared/images/bitnet_train.sif", container_mounts=["/shared/data"], signal_lead=300,

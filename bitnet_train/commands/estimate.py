@@ -15,9 +15,11 @@ from bitnet_train.data.mixture import expected_samples
 from bitnet_train.data.prepare import prepared, shard_folder
 from bitnet_train.data.shards import MANIFEST, load_manifest
 from bitnet_train.errors import ConfigError
+from bitnet_train.export.rules import no_export
 from bitnet_train.planning.curve import draw
 from bitnet_train.planning.estimate import Estimate, estimate
 from bitnet_train.planning.vision import ImageEstimate, estimate_images
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.losses.config import DistillationLoss
 from bitnet_train.training.optimizers.config import MuonConfig
 from bitnet_train.training.run_folder import write_atomically
@@ -62,6 +64,8 @@ def run(cfg: Config) -> int:
         for part in scaling_tables(cfg, plans, figures.tokens):
             console.print()
             console.print(part, markup=False)
+    if not cfg.on_images and (obstacle := no_export(cfg.export, cfg.decoder, build_spec(cfg.quant))) is not None:
+        console.print(f"\nwarning: {obstacle}", markup=False)
     if isinstance(cfg.loss, DistillationLoss):
         console.print(f"Not counted: the teacher {cfg.loss.teacher}, its weights and its forward passes.", markup=False)
     console.print(f"{folder / 'schedule.png'} and {folder / 'estimate.json'}")

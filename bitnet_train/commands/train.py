@@ -15,6 +15,7 @@ from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
+from bitnet_train.export.rules import no_export
 from bitnet_train.interrupts import interrupts_wait
 from bitnet_train.nn.config import initial_source
 from bitnet_train.nn.layout import block_count
@@ -90,7 +91,8 @@ def _run(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> int:
             write_run_page(cfg, folder, cfg.run_name)
         except OSError as error:
             console.print(f"{folder.path / REPORT_FILE} is not written: {error.strerror}", markup=False)
-    after = "evaluate" if cfg.on_images else "export"
+    exported = not cfg.on_images and no_export(cfg.export, cfg.decoder, build_spec(cfg.quant)) is None
+    after = "export" if exported else "evaluate"
     if outcome.validation is not None:
         console.print(_result(cfg, outcome.validation))
     console.print(f"run folder: {folder.path}; next: python -m bitnet_train command={after} run={folder.path}")
@@ -167,6 +169,8 @@ def _on_text(
             folder.save_config(to_yaml(cfg))
         return shards, manifest, start, first
 
+    if (obstacle := no_export(cfg.export, cfg.decoder, build_spec(cfg.quant))) is not None:
+        console.print(f"warning: {obstacle}", markup=False)
     shards, manifest, start, first = _in_turn(ranks, prepare_run)
 
     from bitnet_train.training.run import train

@@ -150,7 +150,7 @@ class PretrainedTokenizer(TokenizerConfig):
     # Branch, tag or commit of the hub repository.
     revision: str = "main"
     # Token that starts every document, and token that ends generation; null for those that the files beside the
-    # tokenizer.json name (a run's own, a model's config.json, tokenizer_config.json), eos for both where there is no bos.
+    # tokenizer.json name (a run's own, a model's config.json, tokenizer_config.json); eos for a bos that is none.
     bos: str | None = None
     eos: str | None = None
 

@@ -154,3 +154,12 @@ def fitting_formats(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) ->
         return list(cfg.formats), {}
     reasons = {name: rule(model, spec, cfg) or missing_packages(name) for name, rule in FORMAT_RULES.items()}
     return [n for n, r in reasons.items() if r is None], {n: r for n, r in reasons.items() if r is not None}
+
+
+def no_export(cfg: ExportConfig, model: DecoderConfig, spec: QuantSpec) -> str | None:
+    """One sentence when no format can hold what a run trains, with the reasons of the two that hold most; or None."""
+    reasons = {name: rule(model, spec, cfg) for name, rule in FORMAT_RULES.items()}
+    if any(reason is None for reason in reasons.values()):
+        return None
+    why = "; ".join(f"{name}: {reasons[name]}" for name in ("packed", "hf-dense"))
+    return f"no export format can hold this model ({why})"

@@ -134,7 +134,7 @@ def _two_stage(cfg: TwoStageSchedule, step: int, warm: int, total: int) -> Facto
     raise ConfigError("schedule.stages is empty: give at least one stage.")
 
 
-# Add a schedule: a dataclass in training.config.SCHEDULE_CONFIGS, and its function here.
+# Add a schedule: a dataclass in training.schedules.config.SCHEDULE_CONFIGS, and its function here.
 # A function (config, step, warm-up steps, total steps) -> Factors.
 SCHEDULES: dict[type[ScheduleConfig], Callable[..., Factors]] = {
     ConstantSchedule: _constant,
