@@ -327,6 +327,13 @@ def test_a_run_keeps_its_own_model(run: Run, tmp_path: Path) -> None:
         assert "cannot be changed" in err
 
 
+def test_an_estimate_says_what_cannot_be_exported(run: Run) -> None:
+    for recipe, said in (("bitnet_v2_400m", True), ("trilm_99m", False), ("digits_mlp", False)):
+        code, out, _ = run(f"+recipe={recipe}", "command=estimate")
+        assert code == 0
+        assert ("warning: no export format can hold this model" in out) is said
+
+
 def test_estimate_writes_its_folder_and_nothing_else(run: Run, tmp_path: Path) -> None:
     code, out, err = run("+recipe=2b4t", "command=estimate", "run_name=big/one")
     assert (code, err) == (0, "")

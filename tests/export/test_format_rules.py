@@ -7,7 +7,14 @@ import pytest
 from bitnet_train.errors import ConfigError
 from bitnet_train.export import rules
 from bitnet_train.export.config import EmbeddingType, ExportConfig, LinearClass
-from bitnet_train.export.rules import FORMAT_RULES, PACKAGES, check_formats, fitting_formats, missing_packages
+from bitnet_train.export.rules import (
+    FORMAT_RULES,
+    PACKAGES,
+    check_formats,
+    fitting_formats,
+    missing_packages,
+    no_export,
+)
 from bitnet_train.export.writers import FORMATS
 from bitnet_train.nn.config import Activation, Norms
 from bitnet_train.quant.spec import FLOAT, LayerQuant, QuantSpec
@@ -280,3 +287,12 @@ def test_named_formats_are_written_as_they_are_named(monkeypatch: pytest.MonkeyP
     installed(monkeypatch)
     cfg = ExportConfig(formats=["packed", "hf-dense"])
     assert fitting_formats(cfg, decoder_config(), TERNARY) == (["packed", "hf-dense"], {})
+
+
+def test_a_model_that_no_format_holds_is_said() -> None:
+    assert no_export(ExportConfig(), decoder_config(), TERNARY) is None
+    rotated = QuantSpec(default=LayerQuant("ternary", hadamard=True, activation_bits=4))
+    sentence = no_export(ExportConfig(), decoder_config(), rotated) or ""
+    assert sentence.startswith("no export format can hold this model (packed: ")
+    assert "hf-dense: " in sentence
+    assert "\n" not in sentence
