@@ -19,7 +19,7 @@ FLIPS: dict[str, Flip] = {
             "verify_tokens": "512"}, "command=export", *RUN, "export.formats=[hf-packed]", under="export.",
            see="exported"),
     "export.to": Flip("export.to=memory://exports", ("command=export", *RUN, "export.formats=[packed]"), see="command"),
-    **each({"embedding": "q8_0"}, "command=export", "run=@wide_run@", "export.formats=[gguf-tq2_0]", under="export.",
+    **each({"embedding": "q8_0"}, "command=export", "run=@wide_run@", "export.formats=[gguf-i2_s]", under="export.",
            see="exported"),
     **each({"packing": "two_bit"}, "command=export", *RUN, "export.formats=[packed]", under="export.", see="exported"),
     **each({"gpus": "[8,64]", "gpu": "a100", "gpus_per_node": "4", "matmul_share": "0.5", "memory_share": "0.5",

@@ -183,7 +183,9 @@ def test_a_second_interrupt_stops_at_once_with_130(workspace: Workspace) -> None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 130, output
+    # On a machine so busy that the first came before the first step, the second may meet a process that is ending: it
+    # dies of the signal, which shells call 130 as well.
+    assert process.returncode in (130, -signal.SIGINT), output
     assert "Traceback" not in output
 
 
