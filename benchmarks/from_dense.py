@@ -42,7 +42,7 @@ SIZES = {
         100,
     ),
     # As much as an afternoon on two CPU cores has room for: less than an epoch.
-    "small": Size(500, 150, 250, [], ["optimizer=muon", "optimizer.lr=1e-2", "trainer.compile=true"], 50),
+    "small": Size(500, 150, 250, [], ["optimizer=muon", "optimizer.lr=1e-2"], 50),
 }
 
 
@@ -51,7 +51,7 @@ def runs(name: str) -> dict[str, list[str]]:
     size = SIZES[name]
     fine = [
         "+recipe=finetune", "data=stdlib", *size.finetune, "init.from=DENSE", "optimizer.weight_decay=0.1",
-        "quant.gradient.dw=int8", "trainer.compile=true", "trainer.batch_tokens=4096", "trainer.micro_batch=null",
+        "quant.gradient.dw=int8", "trainer.batch_tokens=4096", "trainer.micro_batch=null",
         f"trainer.max_steps={size.from_dense}",
     ]  # fmt: skip
     degrees = ["quant/progressive=lambda", "quant.progressive.until=0.3"]
@@ -79,7 +79,7 @@ def train(name: str, overrides: list[str], places: argparse.Namespace) -> float 
         settings = [
             *(o.replace("DENSE", str(dense)) for o in overrides), f"seed={places.seed}",
             f"run_name={folder_name(name)}", f"paths.runs={places.runs}", f"paths.data={places.data}",
-            f"trainer.validate_every={SIZES[places.size].marks}", "samples.every_steps=null",
+            f"trainer.validate_every={SIZES[places.size].marks}", "samples.every_steps=null", "trainer.compile=true",
         ]  # fmt: skip
         if code := start(settings, log):
             print(f"{name}: exit code {code}, see {log}", flush=True)

@@ -75,6 +75,9 @@ def _run(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> int:
     assert cfg.run_name is not None
     fork = _in_turn(ranks, lambda: _claim(cfg, folder, ranks, console))
     own = _from_first(ranks, lambda: folder.good_checkpoint(loudly(console)))
+    obstacle = None if cfg.on_images else no_export(cfg.export, cfg.decoder, build_spec(cfg.quant))
+    if obstacle is not None:
+        console.print(f"warning: {obstacle}", markup=False)
     outcome = (_on_images if cfg.on_images else _on_text)(cfg, folder, own, fork, ranks, console)
     if not ranks.first:
         return int(outcome.exit_code)
@@ -91,8 +94,7 @@ def _run(cfg: Config, folder: RunFolder, ranks: Ranks, console: Console) -> int:
             write_run_page(cfg, folder, cfg.run_name)
         except OSError as error:
             console.print(f"{folder.path / REPORT_FILE} is not written: {error.strerror}", markup=False)
-    exported = not cfg.on_images and no_export(cfg.export, cfg.decoder, build_spec(cfg.quant)) is None
-    after = "export" if exported else "evaluate"
+    after = "evaluate" if cfg.on_images or obstacle is not None else "export"
     if outcome.validation is not None:
         console.print(_result(cfg, outcome.validation))
     console.print(f"run folder: {folder.path}; next: python -m bitnet_train command={after} run={folder.path}")
@@ -169,8 +171,6 @@ def _on_text(
             folder.save_config(to_yaml(cfg))
         return shards, manifest, start, first
 
-    if (obstacle := no_export(cfg.export, cfg.decoder, build_spec(cfg.quant))) is not None:
-        console.print(f"warning: {obstacle}", markup=False)
     shards, manifest, start, first = _in_turn(ranks, prepare_run)
 
     from bitnet_train.training.run import train

@@ -117,38 +117,13 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
     Raises ConfigError when it cannot be had, lacks the special tokens, has more ids than ``vocab_size``, or is not
     byte-level.
     """
-    path = local_source(cfg)
-    try:
-        if path is None:
-            name, _, revision = cfg.source.partition("@")
-            tokenizer = Tokenizer.from_pretrained(name, revision=revision or cfg.revision)
-            if None in (cfg.bos, cfg.eos):
-                path = _download_specials(name, revision or cfg.revision)
-        else:
-            tokenizer = Tokenizer.from_file(str(path / TOKENIZER_FILE if path.is_dir() else path))
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"data.tokenizer.source={cfg.source} is neither a tokenizer.json, a folder with one, nor a hub repository "
-            f"that can be reached ({reason})."
-        ) from None
-    ids: dict[str, int] = {}
-    folder = path if path is None or path.is_dir() else path.parent
-    own = {} if folder is None else read_special_tokens(folder)
-    for key, given in (("bos", cfg.bos), ("eos", cfg.eos)):
-        # Qwen's models have no token that starts a document: the one that ends it stands between two.
-        token = next((t for t in (given, own.get(key), own.get("eos")) if t is not None), None)
-        if token is None:
-            raise ConfigError(
-                f"data.tokenizer.{key} is not set, and no file beside the tokenizer.json of {cfg.source} says which "
-                "token it is: give data.tokenizer.bos=TOKEN and data.tokenizer.eos=TOKEN."
-            )
-        index = tokenizer.token_to_id(token) if isinstance(token, str) else token
-        if index is None or tokenizer.id_to_token(index) is None:
-            raise ConfigError(f"data.tokenizer.{key}={token} is not in the vocabulary of {cfg.source}.")
-        ids[key] = index
-    template = own.get("chat_template") or (read_chat_template(path) if path is not None and path.is_dir() else None)
-    text_tokenizer = TextTokenizer(tokenizer, ids["bos"], ids["eos"], template)
+    tokenizer, folder = _open_pretrained(cfg)
+    own = read_special_tokens(folder)
+    eos = _special_id(cfg, tokenizer, "eos", (cfg.eos, own.get("eos")))
+    # Qwen's models have no token that starts a document: the one that ends it stands between two.
+    bos = _special_id(cfg, tokenizer, "bos", (cfg.bos, own.get("bos"), eos))
+    template = own.get("chat_template") or read_chat_template(folder)
+    text_tokenizer = TextTokenizer(tokenizer, bos, eos, template)
     size = text_tokenizer.vocab_size
     if size > cfg.vocab_size:
         raise ConfigError(
@@ -162,6 +137,39 @@ def load_pretrained(cfg: PretrainedTokenizer) -> TextTokenizer:
             "could not be counted: choose a byte-level one."
         )
     return text_tokenizer
+
+
+def _open_pretrained(cfg: PretrainedTokenizer) -> tuple[Tokenizer, Path]:
+    """The tokenizer, and the folder of the files that lie beside it."""
+    path = local_source(cfg)
+    try:
+        if path is not None:
+            folder = path if path.is_dir() else path.parent
+            return Tokenizer.from_file(str(path / TOKENIZER_FILE if path.is_dir() else path)), folder
+        name, _, revision = cfg.source.partition("@")
+        revision = revision or cfg.revision
+        return Tokenizer.from_pretrained(name, revision=revision), _download_specials(name, revision)
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"data.tokenizer.source={cfg.source} is neither a tokenizer.json, a folder with one, nor a hub repository "
+            f"that can be reached ({reason})."
+        ) from None
+
+
+def _special_id(cfg: PretrainedTokenizer, tokenizer: Tokenizer, key: str, choices: tuple[str | int | None, ...]) -> int:
+    """The id of the first of ``choices``, tokens or ids, that is one. Raises ConfigError if none is, or it is not in
+    the vocabulary."""
+    token = next((choice for choice in choices if choice is not None), None)
+    if token is None:
+        raise ConfigError(
+            f"data.tokenizer.{key} is not set, and no file beside the tokenizer.json of {cfg.source} says which "
+            "token it is: give data.tokenizer.bos=TOKEN and data.tokenizer.eos=TOKEN."
+        )
+    index = tokenizer.token_to_id(token) if isinstance(token, str) else token
+    if index is None or tokenizer.id_to_token(index) is None:
+        raise ConfigError(f"data.tokenizer.{key}={token} is not in the vocabulary of {cfg.source}.")
+    return index
 
 
 def local_source(cfg: PretrainedTokenizer) -> Path | None:
@@ -182,21 +190,25 @@ def read_special_tokens(folder: Path) -> dict[str, Any]:
     """What the files in ``folder`` say of "bos" and "eos", tokens or ids, as far as they do; and a run's
     "chat_template".
 
-    A run's own file comes first, then a model's config.json (of several ids that end a generation the first), then
-    tokenizer_config.json.
+    A run's own file comes first, then a model's config.json, then tokenizer_config.json.
     """
     own, model, settings = (_read_mapping(folder / n) for n in (SPECIALS_FILE, "config.json", "tokenizer_config.json"))
     found: dict[str, Any] = {"chat_template": own["chat_template"]} if own.get("chat_template") else {}
     for key in ("bos", "eos"):
-        index = own.get(f"{key}_id", model.get(f"{key}_token_id"))
-        index = index[0] if isinstance(index, list) and index else index
+        index = one_special_id(own.get(f"{key}_id", model.get(f"{key}_token_id")))
         token = settings.get(f"{key}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+        if index is not None:
             found[key] = index
         elif isinstance(token, str):
             found[key] = token
     return found
+
+
+def one_special_id(named: object) -> int | None:
+    """The id in a model's configuration, which may list several that end a generation: then the first. Or None."""
+    index = named[0] if isinstance(named, list) and named else named
+    return index if isinstance(index, int) and not isinstance(index, bool) and index >= 0 else None
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

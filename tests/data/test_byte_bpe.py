@@ -167,11 +167,20 @@ def test_special_tokens_that_nothing_names_are_asked_for(
     bpe.tokenizer.save(str(tmp_path / "tokenizer.json"))
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer\.bos is not set, and no file .* says which"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.eos is not set, and no file .* says which"):
         load_pretrained(pretrained(tmp_path, **OWN))
     (tmp_path / "config.json").write_text('{"bos_token_id": 4000, "eos_token_id": 1}')
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.bos=4000 is not in the vocabulary"):
         load_pretrained(pretrained(tmp_path, **OWN))
+
+
+def test_the_token_that_ends_a_document_starts_one_where_nothing_else_does(bpe: TextTokenizer, tmp_path: Path) -> None:
+    bpe.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_pretrained(pretrained(tmp_path, bos=None))
+    assert (loaded.bos_id, loaded.eos_id) == (bpe.eos_id, bpe.eos_id)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": 6}')
+    loaded = load_pretrained(pretrained(tmp_path, bos=None))
+    assert (loaded.bos_id, loaded.eos_id) == (5, bpe.eos_id)
 
 
 def test_a_pretrained_tokenizer_that_does_not_fit_is_refused(bpe: TextTokenizer, tmp_path: Path) -> None:

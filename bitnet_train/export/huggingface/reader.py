@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bitnet_train.data.tokenizer import TextTokenizer, read_chat_template
+from bitnet_train.data.tokenizer import TextTokenizer, one_special_id, read_chat_template
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import LONGEST_CONTEXT, assemble_decoder
 from bitnet_train.export.folder import panics_as_errors, read_json, shown, unreadable
@@ -320,12 +320,11 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(unreadable(path, error)) from None
     bos = _field(config, "bos_token_id", int, folder / "config.json")
-    eos = config.get("eos_token_id")
-    # Published models may list several ids that end a generation; the first is the tokenizer's.
-    eos = eos[0] if isinstance(eos, list) and eos else eos
-    if not isinstance(eos, int) or not all(0 <= index < vocab for index in (bos, eos)):
+    eos = one_special_id(config.get("eos_token_id"))
+    if eos is None or not all(0 <= index < vocab for index in (bos, eos)):
         raise ConfigError(
-            f"{folder / 'config.json'}: bos_token_id={bos} and eos_token_id={eos} must be ids below {vocab}."
+            f"{folder / 'config.json'}: bos_token_id={bos} and eos_token_id={config.get('eos_token_id')} must be ids "
+            f"below {vocab}."
         )
     try:
         template = read_chat_template(folder)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer
+from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer, one_special_id
 from bitnet_train.data.windows import document_numbers
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import open_checkpoint
@@ -219,6 +219,5 @@ def _read_tokenizer(source: TransformersSource, ours: TextTokenizer) -> TextToke
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{KEY}={source.name} has no readable tokenizer.json ({error}).") from None
     config = source.config.get_text_config()
-    bos, eos = config.bos_token_id, config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) and eos else eos
+    bos, eos = one_special_id(config.bos_token_id), one_special_id(config.eos_token_id)
     return TextTokenizer(tokenizer, ours.bos_id if bos is None else bos, ours.eos_id if eos is None else eos)
