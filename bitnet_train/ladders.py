@@ -5,6 +5,7 @@ and the ``sizes``: recipe ``<file>_<size>`` is the settings with a row of the ta
 """
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ COLUMNS = {
 KEYS = {"defaults", "settings", "columns", "sizes", "decay_off_at_half"}
 
 
+@cache
 def read_ladder(path: Path) -> dict[str, DictConfig]:
-    """The recipes of a ladder file by name. Raises ConfigError when it is none."""
+    """The recipes of a ladder file by name, not to be changed. Raises ConfigError when it is none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         rows = {size: dict(zip(content["columns"], row, strict=True)) for size, row in content["sizes"].items()}

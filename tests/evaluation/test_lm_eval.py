@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
+from bitnet_train.evaluation import lm_eval_model
 from bitnet_train.evaluation.config import EvaluateConfig
-from bitnet_train.evaluation.lm_eval_model import DecoderLM, check_harness, run_harness
+from bitnet_train.evaluation.lm_eval_model import DecoderLM, _index_tasks, check_harness, run_harness
 from bitnet_train.export.canonical import CanonicalCheckpoint, open_checkpoint
 from bitnet_train.export.config import ExportConfig
 from bitnet_train.export.huggingface.variant import Storage, choose_variant
@@ -21,7 +25,15 @@ from bitnet_train.quant.spec import QuantSpec
 from tests.conftest import make_text
 from tests.export.conftest import decoder_config, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_tasks_alone")
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the harness's own tasks, whose thousands of files take it ten seconds to read."""
+    monkeypatch.setattr(lm_eval_model, "TaskManager", partial(TaskManager, include_defaults=False))
+    _index_tasks.cache_clear()
+
 
 TASKS = {
     "mini_choice": """
@@ -91,7 +103,8 @@ def harness_on_export(
         "import json, sys, torch; torch.set_num_threads(1); torch.compiler.set_stance('force_eager')\n"
         "from lm_eval.evaluator import simple_evaluate\nfrom lm_eval.tasks import TaskManager\n"
         f"out = simple_evaluate(model='hf', model_args='pretrained={out},dtype=float32', device='cpu', batch_size=4, "
-        f"tasks={list(TASKS)!r}, task_manager=TaskManager(include_path={str(folder)!r}), bootstrap_iters=10)\n"
+        f"task_manager=TaskManager(include_path={str(folder)!r}, include_defaults=False), "
+        f"tasks={list(TASKS)!r}, bootstrap_iters=10)\n"
         "print('\\n' + json.dumps(out['results'], default=str))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -153,3 +166,15 @@ def test_unknown_tasks_and_missing_data_are_one_sentence(
     (tmp_path / "gone.yaml").write_text(gone)
     with pytest.raises(ConfigError, match=r"evaluate\.tasks=gone cannot be run"):
         run_harness(canonical.decoder(), bpe, EvaluateConfig(tasks=["gone"], task_folder=str(tmp_path)))
+
+
+def test_the_tasks_are_read_once_and_again_when_a_file_changes(folder: Path, tmp_path: Path) -> None:
+    mine = EvaluateConfig(tasks=["mini_choice"], task_folder=str(tmp_path))
+    (tmp_path / "mini.yaml").write_text(TASKS["mini_choice"].replace("FOLDER", str(folder)))
+    check_harness(mine)
+    began = _index_tasks.cache_info()
+    check_harness(mine)
+    assert _index_tasks.cache_info().misses == began.misses
+    (tmp_path / "second.yaml").write_text(TASKS["mini_choice"].replace("mini_choice", "second"))
+    check_harness(replace(mine, tasks=["second"]))
+    assert _index_tasks.cache_info().misses == began.misses + 1
