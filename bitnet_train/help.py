@@ -23,7 +23,7 @@ Commands (command=...)
   benchmark  time a training step against the dense twin and other libraries
 
 Examples (each after python -m bitnet_train)
-  +recipe=tiny                             train on this Python's source, about 3 minutes
+  +recipe=tiny                             train on this Python's source, 3 to 6 minutes
   +recipe=tiny quant=none run_name=dense   the same without quantisation
   -m +recipe=tiny optimizer.lr=1e-2,2e-2   a sweep, each job in its own run folder
   +recipe=2b4t command=estimate            what BitNet b1.58 2B4T takes
