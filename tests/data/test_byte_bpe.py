@@ -1,7 +1,10 @@
 """The byte-level tokenizer: nothing is lost, every byte is counted, bad sources are refused."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,3 +233,26 @@ def test_tokenizers_that_lose_bytes_are_refused(tmp_path: Path, texts: list[str]
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer=other"):
         build_tokenizer(TokenizerConfig(name="other", vocab_size=300), iter(()))
+
+
+def test_a_tokenizer_in_the_hubs_cache_comes_with_what_lies_beside_it(bpe: TextTokenizer, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--somebody--model"
+    snapshot = repository / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    for name in ("main", "v2"):
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(snapshot.name)
+    bpe.tokenizer.save(str(snapshot / "tokenizer.json"))
+    (snapshot / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": [6, 7]}')
+    (snapshot / "chat_template.jinja").write_text("{{ messages }}")
+    code = (
+        "from bitnet_train.data.config import PretrainedTokenizer\n"
+        "from bitnet_train.data.tokenizer import load_pretrained\n"
+        "for source, given in (('somebody/model', None), ('somebody/model@v2', '<|endoftext|>')):\n"
+        "    cfg = PretrainedTokenizer(source=source, vocab_size=400, bos=given, eos=given)\n"
+        "    found = load_pretrained(cfg)\n"
+        "    print(found.bos_id, found.eos_id, found.chat_template)\n"
+    )
+    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["5 6 {{ messages }}", f"{bpe.eos_id} {bpe.eos_id} {{{{ messages }}}}"], done
