@@ -164,7 +164,8 @@ def _task_manager(cfg: EvaluateConfig) -> TaskManager:
     if cfg.task_folder is None:
         return _index_tasks(None, ())
     folder = Path(cfg.task_folder).expanduser()
-    files = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(folder.rglob("*.yaml")))
+    # A link that leads nowhere is no task: the harness passes it over as well.
+    files = tuple((str(f), f.stat().st_mtime_ns) for f in sorted(folder.rglob("*.yaml")) if f.is_file())
     return _index_tasks(str(folder), files)
 
 

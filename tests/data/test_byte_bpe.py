@@ -186,6 +186,29 @@ def test_the_token_that_ends_a_document_starts_one_where_nothing_else_does(bpe: 
     assert (loaded.bos_id, loaded.eos_id) == (5, bpe.eos_id)
 
 
+def test_a_tokenizer_in_the_hubs_cache_comes_with_what_lies_beside_it(bpe: TextTokenizer, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--somebody--model"
+    snapshot = repository / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    for name in ("main", "v2"):
+        (repository / "refs" / name).write_text(snapshot.name)
+    bpe.tokenizer.save(str(snapshot / "tokenizer.json"))
+    (snapshot / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": [6, 7]}')
+    (snapshot / "chat_template.jinja").write_text("{{ messages }}")
+    code = (
+        "from bitnet_train.data.config import PretrainedTokenizer\n"
+        "from bitnet_train.data.tokenizer import load_pretrained\n"
+        "for source, given in (('somebody/model', None), ('somebody/model@v2', '<|endoftext|>')):\n"
+        "    cfg = PretrainedTokenizer(source=source, vocab_size=400, bos=given, eos=given)\n"
+        "    found = load_pretrained(cfg)\n"
+        "    print(found.bos_id, found.eos_id, found.chat_template)\n"
+    )
+    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["5 6 {{ messages }}", f"{bpe.eos_id} {bpe.eos_id} {{{{ messages }}}}"], done
+
+
 def test_a_pretrained_tokenizer_that_does_not_fit_is_refused(bpe: TextTokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     with pytest.raises(ConfigError, match=r"400 ids but data\.tokenizer\.vocab_size=399"):
@@ -233,26 +256,3 @@ def test_tokenizers_that_lose_bytes_are_refused(tmp_path: Path, texts: list[str]
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer=other"):
         build_tokenizer(TokenizerConfig(name="other", vocab_size=300), iter(()))
-
-
-def test_a_tokenizer_in_the_hubs_cache_comes_with_what_lies_beside_it(bpe: TextTokenizer, tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--somebody--model"
-    snapshot = repository / "snapshots" / ("ab" * 20)
-    snapshot.mkdir(parents=True)
-    for name in ("main", "v2"):
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / name).write_text(snapshot.name)
-    bpe.tokenizer.save(str(snapshot / "tokenizer.json"))
-    (snapshot / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": [6, 7]}')
-    (snapshot / "chat_template.jinja").write_text("{{ messages }}")
-    code = (
-        "from bitnet_train.data.config import PretrainedTokenizer\n"
-        "from bitnet_train.data.tokenizer import load_pretrained\n"
-        "for source, given in (('somebody/model', None), ('somebody/model@v2', '<|endoftext|>')):\n"
-        "    cfg = PretrainedTokenizer(source=source, vocab_size=400, bos=given, eos=given)\n"
-        "    found = load_pretrained(cfg)\n"
-        "    print(found.bos_id, found.eos_id, found.chat_template)\n"
-    )
-    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["5 6 {{ messages }}", f"{bpe.eos_id} {bpe.eos_id} {{{{ messages }}}}"], done

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_tasks_alone")
 
 
 @pytest.fixture
-def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the harness's own tasks, whose thousands of files take it ten seconds to read."""
     monkeypatch.setattr(lm_eval_model, "TaskManager", partial(TaskManager, include_defaults=False))
+    _index_tasks.cache_clear()
+    yield
     _index_tasks.cache_clear()
 
 
@@ -171,6 +174,7 @@ def test_unknown_tasks_and_missing_data_are_one_sentence(
 def test_the_tasks_are_read_once_and_again_when_a_file_changes(folder: Path, tmp_path: Path) -> None:
     mine = EvaluateConfig(tasks=["mini_choice"], task_folder=str(tmp_path))
     (tmp_path / "mini.yaml").write_text(TASKS["mini_choice"].replace("FOLDER", str(folder)))
+    (tmp_path / "gone.yaml").symlink_to(tmp_path / "nowhere")
     check_harness(mine)
     began = _index_tasks.cache_info()
     check_harness(mine)

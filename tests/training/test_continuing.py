@@ -175,7 +175,7 @@ def test_a_fork_counts_its_samples_from_where_it_began(workspace: Workspace) -> 
 def test_a_second_interrupt_stops_at_once_with_130(workspace: Workspace) -> None:
     # The checkpoint is the first step's; the next one takes some seconds, in which both interrupts come.
     process = workspace.start(
-        "run_name=a", "trainer.max_steps=50", "trainer.batch_tokens=65536", "trainer.micro_batch=64",
+        "run_name=a", "trainer.max_steps=50", "trainer.batch_tokens=262144", "trainer.micro_batch=64",
         "checkpoint.every_steps=1",
     )  # fmt: skip
     checkpoint = workspace.folder / "runs/a/checkpoints/step-00000001.ckpt"
