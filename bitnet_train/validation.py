@@ -25,8 +25,9 @@ from bitnet_train.nn.config import DecoderConfig, check_decoder, check_init
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.planning.config import check_estimate
 from bitnet_train.quant.progress import check_progressive
-from bitnet_train.quant.spec import as_steps, build_spec
+from bitnet_train.quant.spec import build_spec
 from bitnet_train.secrets import is_secret
+from bitnet_train.steps import as_steps
 from bitnet_train.storage import check_url
 from bitnet_train.training.checks import check_training
 from bitnet_train.training.config import RunConfig, processes

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitnet_train.steps import as_steps
 from bitnet_train.training.batch_warmup import BatchPlan
 from bitnet_train.training.config import RunConfig, consumed_by, step_plan, step_size
 from bitnet_train.training.rates import rates
 from bitnet_train.training.schedules.config import InverseSqrtSchedule, ScheduleConfig, TwoStageSchedule, WsdSchedule
-from bitnet_train.training.schedules.factors import as_steps, stage_borders
+from bitnet_train.training.schedules.factors import stage_borders
 
 POINTS = 1000
 

@@ -15,7 +15,8 @@ from bitnet_train.quant.config import (
     Ramp,
     SwitchProgressive,
 )
-from bitnet_train.quant.spec import SYMMETRIC_BITS, QuantSpec, as_steps
+from bitnet_train.quant.spec import SYMMETRIC_BITS, QuantSpec
+from bitnet_train.steps import as_steps
 
 # exp(-5) is below 1 %: the exponential ramp is all but level at its end.
 STEEPNESS = 5.0

@@ -1,6 +1,5 @@
 """A frozen description of which linear layer is quantised how."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -9,6 +8,7 @@ from typing import Any
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.quant.config import GradientPrecision, OverrideConfig, QuantConfig, WeightScheme
+from bitnet_train.steps import as_steps
 
 # How many 2-bit codes a packed byte holds, and so what the rows of a packed matrix must be a multiple of.
 CODES_PER_BYTE = 4
@@ -220,16 +220,6 @@ class LateInputs:
     def begun(self, step: int, total: int) -> bool:
         """Whether they hold in step ``step`` (from 0) of ``total``."""
         return step >= as_steps(self.since, total)
-
-
-def as_steps(value: float, total: int) -> int:
-    """A number of steps: ``value`` itself, or below 1 that share of ``total``, rounded.
-
-    Raises ConfigError when it is none.
-    """
-    if not math.isfinite(value):
-        raise ConfigError(f"{value} is no number of steps (quant.progressive, or since in quant.overrides).")
-    return round(value * total) if value < 1 else round(value)
 
 
 @dataclass(frozen=True)

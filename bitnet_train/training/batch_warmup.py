@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from bitnet_train.errors import ConfigError
-from bitnet_train.training.schedules.factors import as_steps
+from bitnet_train.steps import as_steps
 
 # torch.compile keeps eight graphs of one function, and every stage and the full batch take one each.
 MOST_STAGES = 7

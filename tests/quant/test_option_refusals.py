@@ -28,7 +28,8 @@ from bitnet_train.quant.config import (
     WeightScheme,
 )
 from bitnet_train.quant.progress import check_progressive
-from bitnet_train.quant.spec import FLOAT, InputQuant, LayerQuant, QuantSpec, as_steps, build_spec
+from bitnet_train.quant.spec import FLOAT, InputQuant, LayerQuant, QuantSpec, build_spec
+from bitnet_train.steps import as_steps
 
 Symmetric, Binary, Float = WeightScheme.symmetric, WeightScheme.binary, WeightScheme.float
 CONFIG = DecoderConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, context=16, vocab=70)
@@ -328,4 +329,7 @@ def test_late_inputs_begin_within_the_run(since: float) -> None:
 
 
 def test_steps_and_shares() -> None:
-    assert [as_steps(v, 200) for v in (0.25, 0.999, 1, 1.0, 30, 199.6)] == [50, 200, 1, 1, 30, 200]
+    assert [as_steps(v, 200) for v in (0, 0.25, 0.999, 1, 1.0, 30, 2e3)] == [0, 50, 200, 1, 1, 30, 2000]
+    for value in (1.5, 199.6, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="is no number of steps: where a setting takes steps"):
+            as_steps(value, 200)

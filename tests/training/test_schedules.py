@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.steps import as_steps
 from bitnet_train.training.schedules.checks import check_schedule
 from bitnet_train.training.schedules.config import (
     SCHEDULE_CONFIGS,
@@ -26,7 +27,6 @@ from bitnet_train.training.schedules.config import (
 from bitnet_train.training.schedules.factors import (
     POSITIVE,
     SCHEDULES,
-    as_steps,
     glide,
     learning_rate,
     schedule_factors,

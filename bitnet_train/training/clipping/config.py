@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.steps import as_steps
 from bitnet_train.training.schedules.config import Shape
-from bitnet_train.training.schedules.factors import as_steps
 from bitnet_train.variants import variant_from
 
 # Steps whose norms can be remembered: all of them are read in every step.

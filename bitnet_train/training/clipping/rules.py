@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bitnet_train.errors import ConfigError
 from bitnet_train.nn.sharded_codes import whole
+from bitnet_train.steps import as_steps
 from bitnet_train.training.clipping.adaptive import AdaptiveRule
 from bitnet_train.training.clipping.base import ClipResult, ClipRule, gradients
 from bitnet_train.training.clipping.by_pattern import PatternedRule
@@ -22,7 +23,7 @@ from bitnet_train.training.clipping.config import (
     inner_clips,
 )
 from bitnet_train.training.clipping.zscore import ZScoreRule
-from bitnet_train.training.schedules.factors import as_steps, glide
+from bitnet_train.training.schedules.factors import glide
 
 __all__ = ["CLIP_RULES", "ClipResult", "ClipRule", "build_clip"]
 

@@ -10,7 +10,7 @@ from bitnet_train.errors import ConfigError
 from bitnet_train.nn.config import ModelConfig
 from bitnet_train.nn.layout import quantised_layers
 from bitnet_train.quant.spec import QuantSpec
-from bitnet_train.training.schedules.factors import as_steps
+from bitnet_train.steps import as_steps
 
 
 @dataclass

@@ -4,6 +4,7 @@ import math
 from dataclasses import fields
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.steps import as_steps
 from bitnet_train.training.schedules.config import (
     ExponentialSchedule,
     InverseSqrtSchedule,
@@ -14,7 +15,7 @@ from bitnet_train.training.schedules.config import (
     TwoStageSchedule,
     WsdSchedule,
 )
-from bitnet_train.training.schedules.factors import POSITIVE, SCHEDULES, as_steps, stage_borders
+from bitnet_train.training.schedules.factors import POSITIVE, SCHEDULES, stage_borders
 
 
 def check_schedule(cfg: ScheduleConfig, total: int, key: str = "schedule") -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitnet_train.errors import ConfigError
+from bitnet_train.steps import as_steps
 from bitnet_train.training.schedules.config import (
     ConstantSchedule,
     CosineSchedule,
@@ -56,11 +57,6 @@ def glide(shape: Shape, start: float, end: float, progress: float) -> float:
         return start * (end / start) ** progress
     power = 1 if shape is Shape.inverse else 2
     return start * (1.0 + ((start / end) ** power - 1.0) * progress) ** (-1 / power)
-
-
-def as_steps(value: float, total: int) -> int:
-    """A number of steps: ``value`` itself, or below 1 that share of ``total``, rounded."""
-    return round(value * total) if value < 1 else round(value)
 
 
 def _progress(step: int, first: int, end: int) -> float:
