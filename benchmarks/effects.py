@@ -143,6 +143,11 @@ CONFIRM: dict[str, list[str]] = {
     "muon, lambda, 2,500 steps": [*MUON, *LAMBDA, "trainer.max_steps=2500"],
     "muon, 2,500 steps": [*MUON, "trainer.max_steps=2500"],
     "dense, muon": ["quant=none", *MUON],
+    # The rates beside the winner's, for both: is each at its best?
+    "muon lr 1e-2": ["optimizer=muon", "optimizer.lr=1e-2"],
+    "dense, muon lr 1e-2": ["quant=none", "optimizer=muon", "optimizer.lr=1e-2"],
+    "muon lr 4e-2": ["optimizer=muon", "optimizer.lr=4e-2"],
+    "dense, muon lr 5e-3": ["quant=none", "optimizer=muon", "optimizer.lr=5e-3"],
     "lambda linear 20 %": [*ADAMW, *LAMBDA],
     "wsd": [*ADAMW, "schedule=wsd"],
     "dense, wsd": [*DENSE_ADAMW, "schedule=wsd"],
@@ -162,6 +167,7 @@ TWINS = {
     "muon, lambda": "dense, muon",
     "muon, lambda, 2,500 steps": "dense, muon",
     "muon, 2,500 steps": "dense, muon",
+    "muon lr 1e-2": "dense, muon lr 1e-2",
     "muon, wsd": "dense, muon, wsd",
     "lr 8e-3": "dense, lr 6e-3",
 }
@@ -269,7 +275,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/effects.json"))
     parser.add_argument("--reverse", action="store_true", help="last option first: for a second process beside one")
-    parser.add_argument("--only", default="", help="options whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="this option, or those whose name contains it where none is called so"
+    )
     parser.add_argument("--seed", type=int, help="runs of this seed alone")
     arguments = parser.parse_args()
     if arguments.job == "screen":
@@ -282,11 +290,14 @@ def main() -> None:
             for seed in CONFIRM_SEEDS
             for option, settings in CONFIRM.items()
         ]
+    exact = any(option == arguments.only for option, *_ in tries)
     for option, overrides, recipe, steps, seed in tries[::-1] if arguments.reverse else tries:
         known = read(arguments.results).get(arguments.job, {})
         if arguments.seed not in (None, seed):
             continue
-        if arguments.job == "table" or arguments.only not in option or f"{option}, {seed}" in known:
+        if option != arguments.only if exact else arguments.only not in option:
+            continue
+        if arguments.job == "table" or f"{option}, {seed}" in known:
             continue
         value = measure(option, overrides, recipe, steps, seed, arguments)
         note(arguments.results, arguments.job, option, seed, value)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from bitnet_train.training.module import TrainingModule
+from tests.pages import no_pages, pages
 from tests.training.conftest import InProcess, workspace, write_corpus
 
-__all__ = ["workspace"]
+__all__ = ["no_pages", "pages", "workspace"]
 DISK = 6 << 20
 RUN = ("trainer.max_steps=9", "samples.every_steps=2", "telemetry.every_steps=2")
 # What must be the same bit for bit, by step, and the samples.
@@ -77,8 +78,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         return plain(module, batch, batch_idx)
 
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
-    # The page of a run takes longer than the run.
-    monkeypatch.setattr("bitnet_train.commands.train.write_run_page", lambda *_: None)
     return made
 
 

@@ -87,7 +87,6 @@ def _folder(cfg: Config) -> Path:
 
 def trained(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """How the run ended, its losses, norms and rates, what it sampled, and which checkpoints it left."""
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     cfg = configure(place, changes)
     ended, _ = run_quietly(train.run, cfg)
     assert not ended.startswith("ConfigError"), ended
@@ -112,21 +111,18 @@ def _text(path: Path) -> str | None:
 
 def warned(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The warnings that a run printed."""
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     _, output = run_quietly(train.run, configure(place, changes))
     return [line for line in output.splitlines() if line.startswith("warning")]
 
 
 def checked(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """How the token shards were compared with their manifest."""
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     _, output = run_quietly(train.run, configure(place, changes))
     return re.findall(r"; checked (.*)", output)
 
 
 def provenance(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Which kernels a run says it used."""
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     cfg = configure(place, changes)
     run_quietly(train.run, cfg)
     return json.loads((_folder(cfg) / "provenance.json").read_text())["sessions"][-1]["chosen"]["kernels"]
@@ -135,7 +131,6 @@ def provenance(place: Place, changes: tuple[str, ...], monkeypatch: pytest.Monke
 def _calls(target: Any, name: str, keep: Callable[..., Any], replace: Any, place: Place, changes: tuple[str, ...],
            monkeypatch: pytest.MonkeyPatch) -> list[Any]:  # fmt: skip
     """What ``keep`` makes of the arguments of every call of ``target.name`` during training."""
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     plain, calls = getattr(target, name), []
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -176,7 +171,6 @@ def wandb(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     import lightning.pytorch.loggers as loggers_module
 
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     made: list[dict[str, Any]] = []
 
     class Recorder(CSVLogger):
@@ -193,7 +187,6 @@ def wandb(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
 def processes(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """How many processes a run starts and how they share the work, or why it cannot."""
     started: list[int] = []
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     monkeypatch.setattr(launch, "launch", lambda _, count: started.append(count) or 0)
     cfg = configure(place, changes)
     ended, _ = run_quietly(train.run, cfg)

@@ -60,7 +60,6 @@ def mirrored(place: Place, changes: tuple[str, ...], monkeypatch: pytest.MonkeyP
     """The checkpoints that a run leaves on another file system."""
     import fsspec
 
-    monkeypatch.setattr(train, "write_run_page", lambda *_: None)
     run_quietly(train.run, configure(place, changes))
     return sorted(fsspec.filesystem("memory").find("flip"))
 

@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 def dense(width: int) -> Tensor:
     """The whole block-diagonal matrix, float64, entry by entry: (-1)^popcount(i & j) / sqrt(block)."""
     block = BLOCKS[width]
-    index = torch.arange(block)
-    meet, parity = index[:, None] & index[None, :], torch.zeros(block, block, dtype=torch.int64)
+    index = torch.arange(block, dtype=torch.int16)  # 8192 fit, and a quarter of the memory
+    meet, parity = index[:, None] & index[None, :], torch.zeros(block, block, dtype=torch.int16)
     while bool(meet.any()):
         parity, meet = parity ^ (meet & 1), meet >> 1
     return torch.block_diag(*[(1 - 2 * parity).double() / block**0.5] * (width // block))

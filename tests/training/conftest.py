@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from bitnet_train.__main__ import answer
+from tests.pages import no_pages, pages
+
+__all__ = ["no_pages", "pages"]
 
 # Small enough for a second of training; every part of a real run is in it.
 SETTINGS = (

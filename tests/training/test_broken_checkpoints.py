@@ -21,11 +21,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run a of 9 steps (last.ckpt is step 9; 3 and 6 are there), and b, the same run of 12 steps, undisturbed."""
     folder = tmp_path_factory.mktemp("template")
     write_corpus(folder)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("bitnet_train.commands.train.write_run_page", lambda *_: None)
-        for name, steps in (("a", 9), ("b", 12)):
-            code, output = InProcess(folder).run(*RUN[1:], f"run_name={name}", f"trainer.max_steps={steps}")
-            assert code == 0, output
+    for name, steps in (("a", 9), ("b", 12)):
+        code, output = InProcess(folder).run(*RUN[1:], f"run_name={name}", f"trainer.max_steps={steps}")
+        assert code == 0, output
     return folder
 
 
@@ -44,7 +42,6 @@ class Linked(InProcess):
 @pytest.fixture
 def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Linked:
     """A copy of it; the corpus and the shards stay where they are."""
-    monkeypatch.setattr("bitnet_train.commands.train.write_run_page", lambda *_: None)
     (tmp_path / "data").symlink_to(template / "data")
     shutil.copytree(template / "runs", tmp_path / "runs")
     for run in ("a", "b"):

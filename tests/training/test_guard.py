@@ -67,8 +67,6 @@ class Runs:
             return loss
 
         monkeypatch.setattr(PretrainingModule, "training_step", training_step)
-        # The page of a run takes longer than the run.
-        monkeypatch.setattr("bitnet_train.commands.train.write_run_page", lambda *_: None)
 
     def __call__(self, run: str, *arguments: str, steps: int = 14, fork: str | None = None) -> int:
         """The exit code of a run; ``error`` is what it said where it stopped with one."""

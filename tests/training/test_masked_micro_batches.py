@@ -46,17 +46,23 @@ def go(talks: Workspace, name: str, *settings: str) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+DDP, CUT, FSDP = "trainer.devices=2", "trainer.micro_batch=2", "trainer.strategy=fsdp"
+
+
 @pytest.mark.parametrize(
-    "cut",
+    ("reduction", "cut"),
     [
-        ("trainer.micro_batch=2",),
-        ("trainer.micro_batch=1",),
-        ("trainer.devices=2",),
-        ("trainer.devices=2", "trainer.micro_batch=2"),
-        ("trainer.devices=2", "trainer.micro_batch=2", "trainer.strategy=fsdp"),
+        ("mean", (CUT,)),
+        ("sum", (CUT,)),
+        ("mean", ("trainer.micro_batch=1",)),
+        ("sum", ("trainer.micro_batch=1",)),
+        ("mean", (DDP, CUT)),
+        ("sum", (DDP, CUT, FSDP)),
+        pytest.param("mean", (DDP,), marks=pytest.mark.slow),
+        pytest.param("sum", (DDP,), marks=pytest.mark.slow),
+        pytest.param("sum", (DDP, CUT), marks=pytest.mark.slow),
+        pytest.param("mean", (DDP, CUT, FSDP), marks=pytest.mark.slow),
     ],
-    ids=" ".join,
 )
 def test_a_step_is_the_same_however_it_is_cut(talks: Workspace, cut: tuple[str, ...], reduction: str) -> None:
     name = "+".join(part.partition(".")[2] for part in cut) + reduction

@@ -1,8 +1,11 @@
 """Every run leaves a page; ``command=report`` makes one of a sweep."""
 
+import pytest
+
 from tests.training.conftest import Workspace
 
 
+@pytest.mark.usefixtures("pages")
 def test_a_sweep_leaves_a_page_per_run_and_one_of_all(workspace: Workspace) -> None:
     code, output = workspace.run("-m", "optimizer.lr=1e-3,4e-3", "run_name=s", "trainer.max_steps=5")
     assert code == 0, output

@@ -20,12 +20,6 @@ from tests.training.vision.image_runs import SHORT, Run, figures, rows
 LINE = ("+recipe=digits_vit", *SHORT, "telemetry.every_steps=null", "trainer.max_steps=4", "model.layers=2")
 
 
-@pytest.fixture(autouse=True)
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page of a run takes longer than the run."""
-    monkeypatch.setattr("bitnet_train.commands.train.write_run_page", lambda *_: None)
-
-
 def losses(run: Run, name: str, *more: str) -> list[str]:
     code, _, err = run(*LINE, *more, f"run_name={name}")
     assert (code, err) == (0, "")
