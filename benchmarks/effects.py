@@ -159,7 +159,8 @@ CONFIRM: dict[str, list[str]] = {
     "warm-up 20 %": [*ADAMW, "schedule.warmup=0.2"],
     "blocks at half the rate": [*ADAMW, "optimizer.groups=[{pattern: 'layers.*', lr: 0.5}]"],
 }
-# The dense twin of each ternary option: the same optimizer and schedule, at the best of the rates above.
+# The dense twin of each ternary option: with AdamW the same schedule, with Muon and a linear or a squared decay the
+# one at the best of the rates above.
 TUNED = "dense, muon lr 1e-2"
 TWINS = {
     "ternary (tiny)": "dense",
@@ -293,12 +294,11 @@ def main() -> None:
             for seed in CONFIRM_SEEDS
             for option, settings in CONFIRM.items()
         ]
-    exact = any(option == arguments.only for option, *_ in tries)
+    names = {option for option, *_ in tries}
+    wanted = names & {arguments.only} or {name for name in names if arguments.only in name}
     for option, overrides, recipe, steps, seed in tries[::-1] if arguments.reverse else tries:
         known = read(arguments.results).get(arguments.job, {})
-        if arguments.seed not in (None, seed):
-            continue
-        if option != arguments.only if exact else arguments.only not in option:
+        if option not in wanted or arguments.seed not in (None, seed):
             continue
         if arguments.job == "table" or f"{option}, {seed}" in known:
             continue

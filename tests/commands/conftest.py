@@ -1,5 +1,5 @@
 """Runs here write no pages."""
 
-from tests.pages import no_pages, pages
+from tests.pages import no_pages
 
-__all__ = ["no_pages", "pages"]
+__all__ = ["no_pages"]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bitnet_train.training.module import TrainingModule
-from tests.pages import no_pages, pages
+from tests.pages import no_pages
 from tests.training.conftest import InProcess, workspace, write_corpus
 
-__all__ = ["no_pages", "pages", "workspace"]
+__all__ = ["no_pages", "workspace"]
 DISK = 6 << 20
 RUN = ("trainer.max_steps=9", "samples.every_steps=2", "telemetry.every_steps=2")
 # What must be the same bit for bit, by step, and the samples.

@@ -18,6 +18,7 @@ SETTINGS = (
     "trainer.precision=32-true", "schedule=constant", "optimizer.lr=1e-3", "loss.z_loss=1e-3", "trainer.max_steps=6",
     "trainer.validate_every=6", "samples.every_steps=null", "checkpoint.every_steps=null",
 )  # fmt: skip
+DDP, CUT, FSDP = "trainer.devices=2", "trainer.micro_batch=2", "trainer.strategy=fsdp"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,10 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def go(talks: Workspace, name: str, *settings: str) -> None:
     where = (f"data.corpus.path={talks.folder}/talks.jsonl", f"data.corpus.template={talks.folder}/template")
-    if "trainer.devices=2" in settings:
+    if DDP in settings:
         talks = Workspace(talks.folder)
     code, output = talks.run(*SETTINGS, *where, f"run_name={name}", *settings)
     assert code == 0, output
-
-
-DDP, CUT, FSDP = "trainer.devices=2", "trainer.micro_batch=2", "trainer.strategy=fsdp"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +61,7 @@ DDP, CUT, FSDP = "trainer.devices=2", "trainer.micro_batch=2", "trainer.strategy
         pytest.param("sum", (DDP, CUT), marks=pytest.mark.slow),
         pytest.param("mean", (DDP, CUT, FSDP), marks=pytest.mark.slow),
     ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_step_is_the_same_however_it_is_cut(talks: Workspace, cut: tuple[str, ...], reduction: str) -> None:
     name = "+".join(part.partition(".")[2] for part in cut) + reduction
