@@ -13,7 +13,7 @@ from bitnet_train.data.corpus import open_corpus, remarks
 from bitnet_train.data.describe import describe
 from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.parallel import prepare_in_parts, work_folder
-from bitnet_train.data.prepare import prepare, prepared, shard_folder
+from bitnet_train.data.prepare import Accept, accept_any, prepare, prepared, shard_folder
 from bitnet_train.data.shards import Manifest, verify_shards
 from bitnet_train.data.tokenizer import load_tokenizer
 from bitnet_train.errors import ConfigError
@@ -58,16 +58,20 @@ def _load_images(cfg: Config, console: Console) -> int:
     return 0
 
 
-def ensure_prepared(cfg: Config, console: Console) -> tuple[Path, Manifest]:
-    """The shard folder of ``cfg.text`` and its manifest, prepared now if need be."""
+def ensure_prepared(cfg: Config, console: Console, accept: Accept = accept_any) -> tuple[Path, Manifest]:
+    """The shard folder of ``cfg.text`` and its manifest, prepared now if need be.
+
+    ``accept`` raises ConfigError for a tokenizer that the run cannot use, before anything is tokenised with it.
+    """
     root = Path(cfg.paths.data)
-    if not cfg.text.rebuild:
-        manifest = prepared(cfg.text, root)
-        if manifest is not None:
-            return shard_folder(cfg.text, root), manifest
-    manifest = _prepare(cfg.text, root, console)
+    folder = shard_folder(cfg.text, root)
+    manifest = None if cfg.text.rebuild else prepared(cfg.text, root)
+    if manifest is not None:
+        accept(load_tokenizer(folder))
+        return folder, manifest
+    manifest = _prepare(cfg.text, root, console, accept=accept)
     assert manifest is not None  # nobody else has a part in it
-    return shard_folder(cfg.text, root), manifest
+    return folder, manifest
 
 
 def place_among_parts(cfg: PrepareConfig) -> tuple[int, int]:
@@ -93,7 +97,9 @@ def place_among_parts(cfg: PrepareConfig) -> tuple[int, int]:
     return part, parts
 
 
-def _prepare(cfg: DataConfig, root: Path, console: Console, part: int = 0, parts: int = 1) -> Manifest | None:
+def _prepare(
+    cfg: DataConfig, root: Path, console: Console, part: int = 0, parts: int = 1, accept: Accept = accept_any
+) -> Manifest | None:
     processes = cfg.prepare.processes
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[done]}"), TimeElapsedColumn(),
@@ -111,5 +117,5 @@ def _prepare(cfg: DataConfig, root: Path, console: Console, part: int = 0, parts
         for remark in remarks(open_corpus(cfg.corpus)):
             console.print(remark, markup=False)
         if parts == 1 and processes == 1 and not work_folder(cfg, root).is_dir():
-            return prepare(cfg, root, progress)
-        return prepare_in_parts(cfg, root, part, parts, progress)
+            return prepare(cfg, root, progress, accept)
+        return prepare_in_parts(cfg, root, part, parts, progress, accept)

@@ -13,6 +13,7 @@ from bitnet_train.config import Config, to_plain, to_yaml
 from bitnet_train.data.images.sources import load_images
 from bitnet_train.data.mixture import chats
 from bitnet_train.data.prepare import split_text
+from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.errors import ConfigError
 from bitnet_train.evaluation.compression import compressed_bits_per_byte
 from bitnet_train.export.rules import no_export
@@ -148,12 +149,22 @@ def _on_text(
 
     def prepare_run() -> Any:
         # Weights that do not fit are found before anything is prepared, and so is a teacher that does not.
-        _check_teacher(cfg)
-        if own is None and fork is None:
-            initial()
+        teacher = _teacher(cfg)
+        weights = initial() if own is None and fork is None else None
         if not ranks.first:
             cfg.text.rebuild = False
-        shards, manifest = ensure_prepared(cfg, console)
+
+        def accept(tokenizer: TextTokenizer) -> None:
+            if weights is not None:
+                from bitnet_train.export.initial import check_same_tokenizer
+
+                check_same_tokenizer(str(initial_source(cfg.init)), weights.tokenizer, tokenizer)
+            if teacher is not None:
+                from bitnet_train.training.teachers.source import check_tokenizer
+
+                check_tokenizer(teacher, tokenizer)
+
+        shards, manifest = ensure_prepared(cfg, console, accept)
 
         from bitnet_train.training.run import check_start
 
@@ -249,11 +260,13 @@ def _initial_weights(cfg: Config) -> Any:
     return initial
 
 
-def _check_teacher(cfg: Config) -> None:
-    if isinstance(cfg.loss, DistillationLoss) and cfg.trainer.max_steps > 0:
-        from bitnet_train.training.teachers.source import find_teacher
+def _teacher(cfg: Config) -> Any:
+    """What ``loss.teacher`` names, where anything is learnt from it."""
+    if not isinstance(cfg.loss, DistillationLoss) or cfg.trainer.max_steps == 0:
+        return None
+    from bitnet_train.training.teachers.source import find_teacher
 
-        find_teacher(cfg)
+    return find_teacher(cfg)
 
 
 def _check_same_fork(saved: dict[str, Any], cfg: Config, folder: RunFolder) -> None:

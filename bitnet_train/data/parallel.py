@@ -40,7 +40,9 @@ from bitnet_train.data.pieces import (
     write_whole,
 )
 from bitnet_train.data.prepare import (
+    Accept,
     Progress,
+    accept_any,
     encoded,
     identity_of,
     in_batches,
@@ -68,17 +70,22 @@ def work_folder(cfg: DataConfig, root: Path) -> Path:
 
 
 def prepare_in_parts(
-    cfg: DataConfig, root: Path, part: int = 0, parts: int = 1, progress: Progress = no_progress
+    cfg: DataConfig,
+    root: Path,
+    part: int = 0,
+    parts: int = 1,
+    progress: Progress = no_progress,
+    accept: Accept = accept_any,
 ) -> Manifest | None:
     """Do the share of ``part`` among ``parts`` of making the shards of ``cfg``, and all the rest if others have theirs.
 
     None when other parts have to finish before the shards are whole. Raises ConfigError like
     :func:`bitnet_train.data.prepare.prepare`, when part 0 does not make the tokenizer in time, and when a process was
-    killed.
+    killed, and whatever ``accept`` raises for the tokenizer.
     """
     corpus = open_corpus(cfg.corpus)
     work = work_folder(cfg, root)
-    plan = (_make_plan if part == 0 else _wait_for_plan)(cfg, corpus, root, progress)
+    plan = _make_plan(cfg, corpus, root, progress, accept) if part == 0 else _wait_for_plan(cfg, corpus, root, progress)
     if plan is None:
         return prepared(cfg, root)
     own = Tokeniser(cfg, work, plan["unit_bytes"])
@@ -122,7 +129,9 @@ def _read_plan(work: Path) -> dict[str, Any] | None:
     return plan if {"settings", "identity", "units", "unit_bytes"} <= plan.keys() else None
 
 
-def _make_plan(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progress) -> dict[str, Any] | None:
+def _make_plan(
+    cfg: DataConfig, corpus: Corpus, root: Path, progress: Progress, accept: Accept
+) -> dict[str, Any] | None:
     """The plan of work that was begun, or a new one with the tokenizer; None if it was finished meanwhile."""
     work = work_folder(cfg, root)
     work.mkdir(parents=True, exist_ok=True)
@@ -131,6 +140,7 @@ def _make_plan(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progress) 
             return None
         identity, plan = _identity(cfg, corpus), _read_plan(work)
         if plan is not None and all(plan[key] == value for key, value in identity.items()):
+            accept(load_tokenizer(work))
             return plan
         for old in work.iterdir():
             if old.is_dir():
@@ -138,6 +148,7 @@ def _make_plan(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progress) 
             elif old.name != "lock":
                 old.unlink()
         tokenizer, _ = make_tokenizer(cfg, corpus, progress)
+        accept(tokenizer)
         tokenizer.save(work)
         unit_bytes = max(1, int(cfg.prepare.unit_mb * 1e6))
         units = Tokeniser(cfg, work, unit_bytes)

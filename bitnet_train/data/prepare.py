@@ -32,10 +32,16 @@ BATCH_BYTES = 4 << 20
 
 # Called with (stage, bytes done); the command draws a progress bar from it.
 Progress = Callable[[str, int], None]
+# Called with the tokenizer before any text is tokenised with it; raises ConfigError when it is not what is wanted.
+Accept = Callable[[TextTokenizer], None]
 
 
 def no_progress(stage: str, done: int) -> None:
     del stage, done
+
+
+def accept_any(tokenizer: TextTokenizer) -> None:
+    del tokenizer
 
 
 def source_settings(cfg: DataConfig) -> dict[str, object]:
@@ -95,11 +101,11 @@ def prepared(cfg: DataConfig, root: Path) -> Manifest | None:
     return manifest
 
 
-def prepare(cfg: DataConfig, root: Path, progress: Progress = no_progress) -> Manifest:
+def prepare(cfg: DataConfig, root: Path, progress: Progress = no_progress, accept: Accept = accept_any) -> Manifest:
     """Make the token shards of ``cfg`` under ``root`` and return their manifest.
 
     The folder appears whole or not at all: everything is written beside it and renamed at the end, so that an
-    interrupted preparation leaves nothing that a training would read.
+    interrupted preparation leaves nothing that a training would read. ``accept`` may refuse the tokenizer.
     """
     corpus = open_corpus(cfg.corpus)
     folder = shard_folder(cfg, root)
@@ -108,7 +114,7 @@ def prepare(cfg: DataConfig, root: Path, progress: Progress = no_progress) -> Ma
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         partial.mkdir()
-        manifest = _write(cfg, corpus, partial, progress)
+        manifest = _write(cfg, corpus, partial, progress, accept)
         for path in partial.iterdir():
             sync_file(path)
         if folder.exists():
@@ -156,9 +162,10 @@ def sources_of(corpus: Corpus) -> dict[str, Corpus]:
     return corpus.sources if isinstance(corpus, MixtureSource) else {"": corpus}
 
 
-def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
+def _write(cfg: DataConfig, corpus: Corpus, folder: Path, progress: Progress, accept: Accept) -> Manifest:
     identity = identity_of(cfg, corpus)
     tokenizer, chat = make_tokenizer(cfg, corpus, progress)
+    accept(tokenizer)
     if isinstance(corpus, MixtureSource):
         streams = {f"/{name}": corpus.documents_of(name) for name in corpus.sources}
     else:

@@ -37,3 +37,27 @@ def test_a_run_starts_from_an_export_and_goes_on(workspace: Workspace) -> None:
         assert code == 2
         assert sentence in output
         assert "Traceback" not in output
+
+
+def test_another_tokenizer_is_refused_before_anything_is_prepared(workspace: Workspace) -> None:
+    assert workspace.run("run_name=a", "trainer.max_steps=1")[0] == 0
+    data = workspace.folder / "data"
+    before = sorted(data.iterdir())
+    other = ("run_name=b", "trainer.max_steps=1", "data.tokenizer.end_of_text='<|stop|>'")
+    taught = ("loss=distillation", "loss.teacher=runs/a")
+    for settings, key in (
+        (("init.from=runs/a",), "init.from"),
+        (("init.from=runs/a", "data.prepare.processes=2"), "init.from"),
+        (taught, "loss.teacher"),
+    ):
+        code, output = workspace.run(*other, *settings)
+        assert code == 2
+        assert f"{key}=runs/a was trained with another tokenizer: use its own" in output
+        assert "Traceback" not in output
+        # Work that other processes would share begins with a folder for its lock.
+        assert [path for path in sorted(data.iterdir()) if not path.name.endswith(".parts")] == before
+    # Shards that are there already change nothing.
+    assert workspace.run(*other, "command=prepare")[0] == 0
+    code, output = workspace.run(*other, "init.from=runs/a")
+    assert code == 2
+    assert "init.from=runs/a was trained with another tokenizer" in output

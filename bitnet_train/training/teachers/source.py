@@ -9,8 +9,12 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tokenizers import Tokenizer
 
+from bitnet_train.data.shards import TOKENIZER_FILE
+from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer, one_special_id
 from bitnet_train.errors import ConfigError
+from bitnet_train.export.initial import check_same_tokenizer
 from bitnet_train.nn.config import DecoderConfig, shape_fields
 from bitnet_train.quant.config import PROGRESSIVE_CONFIGS, ProgressiveConfig, QuantConfig
 from bitnet_train.quant.progress import finished_spec
@@ -116,6 +120,30 @@ def find_teacher(cfg: RunConfig) -> RunSource | TransformersSource | None:
         source = _transformers_source(name, path)
     teacher_blocks(cfg, source.shape)
     return source
+
+
+def check_tokenizer(source: RunSource | TransformersSource, ours: TextTokenizer) -> None:
+    """Raises ConfigError when the teacher means other words than the student by the same ids."""
+    if isinstance(source, RunSource):
+        theirs = load_tokenizer(source.folder / "tokenizer")
+    else:
+        theirs = _tokenizer_of(source, ours)
+    check_same_tokenizer(source.name, theirs, ours, "loss.teacher")
+
+
+def _tokenizer_of(source: TransformersSource, ours: TextTokenizer) -> TextTokenizer:
+    """The teacher's tokenizer; special ids that its configuration does not name are taken to be the student's."""
+    path = Path(source.name)
+    try:
+        if path.is_dir():
+            tokenizer = Tokenizer.from_file(str(path / TOKENIZER_FILE))
+        else:
+            tokenizer = Tokenizer.from_pretrained(source.name)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"loss.teacher={source.name} has no readable {TOKENIZER_FILE} ({error}).") from None
+    config = source.config.get_text_config()
+    bos, eos = one_special_id(config.bos_token_id), one_special_id(config.eos_token_id)
+    return TextTokenizer(tokenizer, ours.bos_id if bos is None else bos, ours.eos_id if eos is None else eos)
 
 
 def teacher_blocks(cfg: RunConfig, shape: TeacherShape) -> TeacherBlocks:

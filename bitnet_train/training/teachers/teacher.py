@@ -5,19 +5,16 @@ mode. It hands over final states and its head, so that its logits are made chunk
 """
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from bitnet_train.data.tokenizer import TextTokenizer, load_tokenizer, one_special_id
+from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.data.windows import document_numbers
 from bitnet_train.errors import ConfigError
 from bitnet_train.export.canonical import open_checkpoint
-from bitnet_train.export.initial import check_same_tokenizer
 from bitnet_train.kernels.backend import Backend
 from bitnet_train.nn.bit_linear import BitLinear
 from bitnet_train.nn.collector import Collector, Projections
@@ -28,6 +25,7 @@ from bitnet_train.training.teachers.source import (
     RunSource,
     TeacherBlocks,
     TransformersSource,
+    check_tokenizer,
     find_teacher,
     import_transformers,
     teacher_blocks,
@@ -159,22 +157,17 @@ def load_teacher(
     source = find_teacher(cfg)
     if source is None:
         return None
+    check_tokenizer(source, tokenizer)
     blocks = teacher_blocks(cfg, source.shape)
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     if isinstance(source, RunSource):
-        return _run_teacher(source, blocks, device, dtype, backend, tokenizer)
-    return _transformers_teacher(source, blocks, device, dtype, tokenizer)
+        return _run_teacher(source, blocks, device, dtype, backend)
+    return _transformers_teacher(source, blocks, device, dtype)
 
 
 def _run_teacher(
-    source: RunSource,
-    blocks: TeacherBlocks,
-    device: str,
-    dtype: torch.dtype,
-    backend: Backend | None,
-    tokenizer: TextTokenizer,
+    source: RunSource, blocks: TeacherBlocks, device: str, dtype: torch.dtype, backend: Backend | None
 ) -> Teacher:
-    check_same_tokenizer(source.name, load_tokenizer(source.folder / "tokenizer"), tokenizer, KEY)
     canonical = open_checkpoint(source.checkpoint, source.cfg, source.spec, source.spec_after)
     decoder = canonical.decoder(device, backend)
     for layer in decoder.layers.modules():
@@ -186,10 +179,9 @@ def _run_teacher(
 
 
 def _transformers_teacher(
-    source: TransformersSource, blocks: TeacherBlocks, device: str, dtype: torch.dtype, tokenizer: TextTokenizer
+    source: TransformersSource, blocks: TeacherBlocks, device: str, dtype: torch.dtype
 ) -> Teacher:
     transformers = import_transformers(source.name)
-    check_same_tokenizer(source.name, _read_tokenizer(source, tokenizer), tokenizer, KEY)
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
@@ -206,18 +198,3 @@ def _transformers_teacher(
     teacher = TransformersTeacher(model.to(device), blocks, identity, f"{type(model).__name__} {source.name}")
     teacher.check_logits(source.shape.vocab)
     return teacher
-
-
-def _read_tokenizer(source: TransformersSource, ours: TextTokenizer) -> TextTokenizer:
-    """The teacher's tokenizer; special ids that its configuration does not name are taken to be the student's."""
-    path = Path(source.name)
-    try:
-        if path.is_dir():
-            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        else:
-            tokenizer = Tokenizer.from_pretrained(source.name)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"{KEY}={source.name} has no readable tokenizer.json ({error}).") from None
-    config = source.config.get_text_config()
-    bos, eos = one_special_id(config.bos_token_id), one_special_id(config.eos_token_id)
-    return TextTokenizer(tokenizer, ours.bos_id if bos is None else bos, ours.eos_id if eos is None else eos)
