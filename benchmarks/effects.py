@@ -2,6 +2,7 @@
 
     python benchmarks/effects.py screen     # all options at 1M parameters, 300 steps, one seed
     python benchmarks/effects.py confirm    # those in CONFIRM at the size of tiny, three epochs, three seeds
+    python benchmarks/effects.py same_time  # both twins, each optimizer, for as long as 500 dense steps with Muon take
     python benchmarks/effects.py table      # what is known so far, as Markdown
 
 What was measured is kept in a results file (benchmarks/results/effects.json) and not measured again; a run that was
@@ -178,6 +179,23 @@ TWINS = {
 CONFIRM_STEPS = 2100
 CONFIRM_SEEDS = (1, 2, 3)
 
+# Option -> overrides on +recipe=small, with the steps that fit into the time of 500 dense steps with Muon, which is the
+# slowest: benchmarks/results/2026-11-23-cpu-small-optimizers.md.
+SAME_TIME: dict[str, list[str]] = {
+    "dense, muon lr 1e-2": ["quant=none", "optimizer=muon", "optimizer.lr=1e-2", "trainer.max_steps=500"],
+    "dense, muon lr 5e-3": ["quant=none", "optimizer=muon", "optimizer.lr=5e-3", "trainer.max_steps=500"],
+    "dense, muon lr 2.5e-3": ["quant=none", "optimizer=muon", "optimizer.lr=2.5e-3", "trainer.max_steps=500"],
+    "muon lr 1e-2": ["optimizer=muon", "optimizer.lr=1e-2", "trainer.max_steps=610"],
+    "dense, lr 1.5e-3": ["quant=none", "optimizer.lr=1.5e-3", "trainer.max_steps=660"],
+    "lr 3e-3": ["trainer.max_steps=935"],
+}
+# The rates of AdamW, in fewer steps: is the recipe's best for both?
+RATES: dict[str, list[str]] = {
+    f"{twin}lr {lr}, 150 steps": [*settings, f"optimizer.lr={lr}", "trainer.max_steps=150"]
+    for twin, settings in {"dense, ": ["quant=none"], "": []}.items()
+    for lr in ("7.5e-4", "1.5e-3", "3e-3", "6e-3")
+}
+
 Results = dict[str, dict[str, float]]  # job -> "option, seed" -> bits per byte
 
 
@@ -207,7 +225,7 @@ def measure(option: str, overrides: list[str], recipe: str, steps: int, seed: in
     settings = [
         f"+recipe={recipe}", *overrides, f"seed={seed}", f"run_name={name}",
         f"trainer.max_steps={steps}", f"trainer.validate_every={min(steps, 300)}",
-        f"trainer.compile={'true' if steps >= 1000 else 'false'}",
+        f"trainer.compile={'true' if steps >= 1000 or recipe == 'small' else 'false'}",
         f"paths.runs={places.runs}", f"paths.data={places.data}",
     ]  # fmt: skip
     if finished(folder, steps) is None and (code := train(settings, log)):
@@ -263,6 +281,18 @@ def confirm_table(results: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def same_time_table(results: dict[str, float]) -> str:
+    """The options of SAME_TIME and RATES, a column for each seed."""
+    lines = ["| option | steps | " + " | ".join(f"seed {seed}" for seed in CONFIRM_SEEDS) + " |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(CONFIRM_SEEDS))
+    for option, overrides in {**SAME_TIME, **RATES}.items():
+        values = [results.get(f"{option}, {seed}") for seed in CONFIRM_SEEDS]
+        if any(values):
+            figures = " | ".join("" if value is None else f"{value:.4f}" for value in values)
+            lines.append(f"| {option} | {own_steps(overrides)} | {figures} |")
+    return "\n".join(lines)
+
+
 def paired(values: dict[int, float], others: dict[int, float]) -> str:
     """The mean share by which ``values`` exceed ``others`` on the seeds that both have."""
     shares = [values[seed] / others[seed] - 1 for seed in values if seed in others]
@@ -274,7 +304,7 @@ def paired(values: dict[int, float], others: dict[int, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=["screen", "confirm", "table"])
+    parser.add_argument("job", choices=["screen", "confirm", "same_time", "table"])
     parser.add_argument("--runs", type=Path, default=Path("runs/effects"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/effects.json"))
@@ -288,6 +318,11 @@ def main() -> None:
         tries = [(o, settings, "micro", 300, 1) for options in SCREEN.values() for o, settings in options.items()]
         # How far apart seeds lie: what is smaller is noise.
         tries += [("ternary (micro)", [], "micro", 300, seed) for seed in (2, 3)]
+    elif arguments.job == "same_time":
+        seeded = [(1, RATES), *((seed, SAME_TIME) for seed in CONFIRM_SEEDS)]
+        tries = [
+            (o, settings, "small", own_steps(settings), seed) for seed, some in seeded for o, settings in some.items()
+        ]
     else:
         tries = [
             (option, settings, "tiny", own_steps(settings), seed)
@@ -310,6 +345,7 @@ def main() -> None:
     results = read(arguments.results)
     print(screen_table(results.get("screen", {})))
     print("\n" + confirm_table(results.get("confirm", {})))
+    print("\n" + same_time_table(results.get("same_time", {})))
 
 
 if __name__ == "__main__":
