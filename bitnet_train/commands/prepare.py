@@ -61,13 +61,13 @@ def _load_images(cfg: Config, console: Console) -> int:
 def ensure_prepared(cfg: Config, console: Console, accept: Accept = accept_any) -> tuple[Path, Manifest]:
     """The shard folder of ``cfg.text`` and its manifest, prepared now if need be.
 
-    ``accept`` raises ConfigError for a tokenizer that the run cannot use, before anything is tokenised with it.
+    ``accept`` raises ConfigError for a tokenizer that the run cannot use, before anything is tokenised with it; that of
+    shards that are there already is the training's to check.
     """
     root = Path(cfg.paths.data)
     folder = shard_folder(cfg.text, root)
     manifest = None if cfg.text.rebuild else prepared(cfg.text, root)
     if manifest is not None:
-        accept(load_tokenizer(folder))
         return folder, manifest
     manifest = _prepare(cfg.text, root, console, accept=accept)
     assert manifest is not None  # nobody else has a part in it
