@@ -14,6 +14,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_train import signals
 from bitnet_train.cluster.config import ClusterConfig
 from bitnet_train.cluster.job import PREEMPTED, Requeued, plan_requeue, requeue
+from bitnet_train.commented import commented
 from bitnet_train.config import IN_JOBS, KINDS, ON_A_RUN, VARIANTS, Command, Config, from_plain, with_kinds
 from bitnet_train.data.corpus import open_corpus
 from bitnet_train.errors import BitnetTrainError, ConfigError, did_you_mean
@@ -41,7 +43,7 @@ from bitnet_train.recipes import (
 from bitnet_train.secrets import masked
 from bitnet_train.storage import local_copy, source_of
 from bitnet_train.trust import check_flags
-from bitnet_train.validation import check_keys, may_change, to_config
+from bitnet_train.validation import check_given, check_keys, may_change, to_config
 
 # Commands that read the corpus.
 NEED_TEXT = (Command.train, Command.prepare)
@@ -84,6 +86,12 @@ def _answer(arguments: list[str]) -> int:
         flags.overrides = put_sweeps_in(flags.overrides, catalogue, bool(flags.multirun))
         flags.overrides = [quoted(_on_local_copy(line)) for line in flags.overrides]
         check_overrides(flags.overrides, catalogue, sweeping=flags.multirun)
+        if flags.cfg == "job" and flags.package is None:
+            others = [] if flags.config_dir is None else ["--config-dir", flags.config_dir]
+            shown = compose_job(others, flags.overrides, catalogue)
+            assert shown is not None
+            print(commented(shown.node, flags.resolve), end="")
+            return 0
         if not flags.multirun:
             job = compose_job(others, flags.overrides, catalogue)
             return 0 if job is None else run_job(job, catalogue)
@@ -342,9 +350,16 @@ def configuration(job: Job, catalogue: Catalogue) -> Config:
         if job.recipe is not None:
             node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
         cfg = to_config(node)
+        check_given(cfg, [override.key_or_group for override in parsed(job.overrides)])
         if node.command in NEED_TEXT and not cfg.on_images:
             open_corpus(cfg.text.corpus)  # says at once that the text is missing
     return cfg
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    """The settings of a command line as Hydra reads them."""
+    found: list[Override] = OverridesParser.create().parse_overrides(overrides)
+    return found
 
 
 def run_name(name: str, job: str) -> str:
@@ -381,7 +396,7 @@ def on_a_run(job: Job) -> DictConfig:
             return node
         raise ConfigError(f"run={node.run} is neither a run (no config.yaml there) nor an export (no config.json).")
     saved = from_plain(_read_saved(saved_file), saved_file)
-    for override in OverridesParser.create().parse_overrides(overrides):
+    for override in parsed(overrides):
         key = override.key_or_group
         if key == "recipe":
             continue

@@ -41,12 +41,11 @@ Examples (each after python -m bitnet_train)
 FOOTER = """
 Flags
   -m             run one job for every combination of comma-separated values
-  --cfg job      print the configuration instead of running; add --resolve for the values
+  --cfg job      print the configuration, explained, instead of running; add --resolve for the values
   --config-dir   a folder with recipes (NAME.yaml) and options (model/NAME.yaml) of your own
   --hydra-help   the other flags of Hydra, which reads this command line
 
-Every setting, with its value:  python -m bitnet_train +recipe=tiny --cfg job
-What a setting means:           the comments in bitnet_train/**/config.py
+Every setting, with its value and what it means:  python -m bitnet_train +recipe=tiny --cfg job
 Exit codes: 0 done; 2 bad configuration or input; 3 diverged; 4 an export or a conversion failed its
 checks; 5 hung; 130 Ctrl-C; 143 terminated or preempted. A continued sweep ends with its worst code.
 """

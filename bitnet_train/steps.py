@@ -5,14 +5,14 @@ import math
 from bitnet_train.errors import ConfigError
 
 
-def as_steps(value: float, total: int) -> int:
+def as_steps(value: float, total: int, key: str = "a setting that takes steps") -> int:
     """A number of steps: ``value`` itself, or below 1 that share of ``total``, rounded.
 
-    Raises ConfigError when it is neither, as 1.5 is, of which nobody knows which one was meant.
+    Raises ConfigError, which names ``key``, when it is neither, as 1.5 is, of which nobody knows what was meant.
     """
     if not math.isfinite(value) or (value >= 1 and value != round(value)):
         raise ConfigError(
-            f"{value:g} is no number of steps: where a setting takes steps, give a whole number of them, or a share of "
+            f"{key} is {value:g}, which is no number of steps: give a whole number of them, or a share of "
             "trainer.max_steps below 1."
         )
     return round(value * total) if value < 1 else round(value)

@@ -152,9 +152,19 @@ def check_slurm_sweep(fixed: dict[str, str]) -> None:
 
 
 def expand(overrides: list[str]) -> tuple[set[str], list[list[str]]]:
-    """The keys that have several values, and the overrides of every combination, with the values as they were typed."""
+    """The keys that have several values, and the overrides of every combination, with the values as they were typed.
+
+    Raises ConfigError for a key that has several values and is set again: the last one would count in every run.
+    """
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    for key in sorted(swept):
+        lines = [line for line, override in zip(overrides, parsed, strict=True) if override.key_or_group == key]
+        if len(lines) > 1:
+            raise ConfigError(
+                f"The sweep sets {key} {len(lines)} times ({'; '.join(lines)}): leave all but one out. "
+                "(+sweep=NAME sets what conf/sweep/NAME.yaml lists.)"
+            )
     choices = [_typed(line, override) for line, override in zip(overrides, parsed, strict=True)]
     return swept, [list(combination) for combination in product(*choices)]
 

@@ -3,6 +3,7 @@
 Importing this loads neither torch nor Lightning, so that a typo is answered at once.
 """
 
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from bitnet_train.data.config import DataConfig, check_data, check_prepare
 from bitnet_train.data.mixture import KEY as MIXTURE_KEY
 from bitnet_train.data.mixture import check_mixture
 from bitnet_train.errors import ConfigError, did_you_mean
-from bitnet_train.evaluation.config import check_evaluate, check_generate, check_tasks_can_run
-from bitnet_train.export.config import check_convert
+from bitnet_train.evaluation.config import GenerateConfig, check_evaluate, check_generate, check_tasks_can_run
+from bitnet_train.export.config import ExportConfig, check_convert
 from bitnet_train.export.rules import check_formats
 from bitnet_train.kernels.config import check_kernels
-from bitnet_train.nn.config import DecoderConfig, check_decoder, check_init
+from bitnet_train.nn.config import DecoderConfig, check_decoder, check_init, initial_source
 from bitnet_train.nn.layout import check_init_overrides, check_spec
 from bitnet_train.planning.config import check_estimate
 from bitnet_train.quant.progress import check_progressive
@@ -55,6 +56,12 @@ def validate(cfg: Config) -> None:
             raise ConfigError(f"paths.{name} is empty: give a folder.")
     if cfg.on_images:
         check_vision(cfg, cfg.command.value)
+        for part, default in {"generate": GenerateConfig(), "benchmark": BenchmarkConfig()}.items():
+            if getattr(cfg, part) != default:
+                raise ConfigError(f"{part}.* is for language models, and this recipe trains an image classifier: leave "
+                                  "it out.")  # fmt: skip
+        if cfg.export.formats != ExportConfig().formats:
+            raise ConfigError("export.formats are of language models; a classifier has no export: leave it out.")
     else:
         _check_language(cfg)
     check_kernels(cfg.kernels)
@@ -81,6 +88,20 @@ def validate(cfg: Config) -> None:
     check_sizes(cfg)  # last, because the others know what a setting should be
     if cfg.command is Command.benchmark:
         check_benchmarked(cfg)
+
+
+def check_given(cfg: Config, keys: Iterable[str]) -> None:
+    """Raises ConfigError when ``keys``, which the command line sets, say how weights start that come from elsewhere.
+
+    A recipe may say it: ``init.from=`` and ``resume.from=`` are added to recipes that start from nothing.
+    """
+    sources = {"init.from": initial_source(cfg.init), "resume.from": cfg.resume["from"]}
+    source = next((key for key, value in sources.items() if value is not None), None)
+    if source is None:
+        return
+    for key in keys:
+        if key.partition(".")[0] == "init" and key not in ("init.from", "init.sub_norms"):
+            raise ConfigError(f"{key} has no effect with {source}, which brings the weights: leave one of them out.")
 
 
 def _check_language(cfg: Config) -> None:

@@ -243,7 +243,7 @@ def test_options_are_documented_where_they_are_declared() -> None:
     # Explained by their class, by the base class or by the comment on the field before.
     explained = {
         "BpeTokenizer.vocab_size", "DataConfig.corpus", "DataConfig.tokenizer", "PretrainedTokenizer.eos",
-        "PretrainedTokenizer.vocab_size", "QuantConfig.activation", "QuantConfig.weight", "TwoStageSchedule.stages",
+        "PretrainedTokenizer.vocab_size", "TwoStageSchedule.stages",
         "WandbLogger.entity", "WandbLogger.project", "WandbLogger.tags",
     }  # fmt: skip
     assert missing <= explained

@@ -49,6 +49,24 @@ def test_every_shipped_sweep_composes(run: Run, tmp_path: Path, name: str) -> No
     assert len(jobs(tmp_path)) == expected > 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("+sweep=lr", "optimizer.lr=1e-3"),
+        ("optimizer.lr=1e-3", "+sweep=lr"),
+        ("+sweep=lr", "++optimizer.lr=1e-3"),
+        ("optimizer.lr=1e-3,2e-3", "optimizer.lr=5e-3"),
+        ("optimizer.lr=1e-3,2e-3", "optimizer.lr=5e-3", "hydra/launcher=basic"),
+    ],
+)
+def test_a_swept_key_that_is_set_again_is_refused(run: Run, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """The last one would count in every run: several names for the same run, ranked."""
+    code, out, err = run("-m", "+recipe=tiny", *settings, "command=estimate")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "The sweep sets optimizer.lr 2 times" in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_sweep_is_refused_without_several_runs(run: Run, tmp_path: Path) -> None:
     code, out, err = run("+recipe=tiny", "+sweep=lr", "command=estimate")
     assert (code, out, err.count("\n")) == (2, "", 1)

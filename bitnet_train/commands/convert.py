@@ -1,6 +1,7 @@
 """``command=convert``: the linear layers of a checkpoint of ``transformers`` become BitLinear, checked all the way."""
 
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -9,10 +10,12 @@ from rich.table import Table
 from bitnet_train.commands.console import make_console, print_table
 from bitnet_train.commands.sources import read_text
 from bitnet_train.config import Config
+from bitnet_train.errors import ConfigError
 from bitnet_train.export.config import convert_source
 from bitnet_train.export.huggingface.foreign import ForeignCheckpoint, load_foreign, write_converted
+from bitnet_train.kernels.backend import choose_backend
 from bitnet_train.nn.convert import ConversionReport, convert, unquantised
-from bitnet_train.quant.spec import build_spec
+from bitnet_train.quant.spec import LayerQuant, build_spec
 
 
 def run(cfg: Config) -> int:
@@ -24,12 +27,23 @@ def run(cfg: Config) -> int:
     assert settings.to is not None
     folder = Path(settings.to).expanduser()
     text = prose() if settings.text is None else read_text(Path(settings.text), "convert.text")
+    # Checkpoints are converted on the CPU. A backend that cannot run there is refused before the weights are read.
+    backend = choose_backend("cpu", cfg.kernels.backend).backend
     checkpoint = load_foreign(Path(str(convert_source(settings))).expanduser())
     examples = checkpoint.examples(settings.tokens, text, cfg.seed)
     before = checkpoint.perplexity(text)
-    report = convert(
-        checkpoint.model, build_spec(cfg.quant), include=settings.include, exclude=settings.exclude, examples=examples
-    )
+    try:
+        report = convert(
+            checkpoint.model,
+            build_spec(cfg.quant),
+            include=settings.include,
+            exclude=settings.exclude,
+            examples=examples,
+            backend=backend,
+        )
+    except ConfigError as error:
+        arguments = ("include:", "exclude:")  # of the function, which are settings here
+        raise ConfigError(f"convert.{error}" if str(error).startswith(arguments) else str(error)) from None
     with unquantised(checkpoint.model):
         off = checkpoint.perplexity(text)
     on = checkpoint.perplexity(text)
@@ -41,7 +55,7 @@ def run(cfg: Config) -> int:
     else:
         console.print(
             f"{folder}: plain master weights; transformers will not quantise them: {obstacle}. Convert them in Python "
-            "with bitnet_train.nn.convert.convert, as bitnet_train.json says.",
+            "with bitnet_train.nn.convert.convert, each layer as LayerQuant(**quant) of bitnet_train.json.",
             markup=False,
         )
     _say_skipped(console, report)
@@ -60,7 +74,7 @@ def layers_table(report: ConversionReport) -> Table:
     table = Table("modules", "count", "shape", "quantisation", "weights and biases", title="Layers")
     kinds: dict[tuple[str, ...], list[str]] = {}
     for layer in report.layers:
-        quant = f"{layer.quant.scheme}, groups={layer.quant.groups}, inputs {layer.quant.activation_bits or 'float'}"
+        quant = describe_quant(layer.quant)
         bias = "same bytes, with bias" if layer.bias else "same bytes"
         shape = " x ".join(map(str, layer.shape))
         kinds.setdefault((pattern_of(layer.names[0]), shape, quant, bias), []).append(layer.names[0])
@@ -70,6 +84,19 @@ def layers_table(report: ConversionReport) -> Table:
     for (pattern, reason), count in skipped.items():
         table.add_row(pattern, str(count), "", f"left alone: {reason}", "")
     return table
+
+
+def describe_quant(quant: LayerQuant) -> str:
+    """The scheme, the scales, the bits of the inputs, and what else is not as usual."""
+    rows = "one per row" if quant.groups == "row" else f"of {quant.group_rows} rows"
+    scales = f"groups={quant.groups}" if quant.group_rows is None and quant.groups != "row" else f"scales {rows}"
+    words = [quant.scheme, scales, f"inputs {quant.activation_bits or 'float'}"]
+    if quant.bits is not None:
+        words[0] += f" {quant.bits} bits"
+    usual = LayerQuant(quant.scheme, bits=quant.bits)
+    told = ("scheme", "groups", "group_rows", "bits", "activation_bits")
+    others = [f for f in fields(usual) if f.name not in told and getattr(quant, f.name) != getattr(usual, f.name)]
+    return ", ".join([*words, *(f"{f.name}={getattr(quant, f.name)}" for f in others)])
 
 
 def pattern_of(name: str) -> str:

@@ -21,7 +21,7 @@ from bitnet_train.planning.estimate import Estimate, estimate
 from bitnet_train.planning.vision import ImageEstimate, estimate_images
 from bitnet_train.quant.spec import build_spec
 from bitnet_train.training.losses.config import DistillationLoss
-from bitnet_train.training.optimizers.config import MuonConfig
+from bitnet_train.training.optimizers.config import AdamW8bitConfig, MuonConfig
 from bitnet_train.training.run_folder import write_atomically
 
 Figures = Estimate | ImageEstimate
@@ -173,7 +173,7 @@ def _memory(figures: Figures, cfg: Config) -> Table:
     for name, value in (
         ("master weights (float32)", memory.master_weights),
         ("gradients (float32)", memory.gradients),
-        (f"optimizer state ({_moments(cfg)}, float32)", memory.optimizer_state),
+        (f"optimizer state ({_moments(cfg)})", memory.optimizer_state),
         ("code buffers (int8 codes, row scales)", memory.code_buffers),
         ("float weights in the compute type", memory.compute_copies),
         *((f"activations: {name}", value) for name, value in memory.activations.items()),
@@ -185,7 +185,11 @@ def _memory(figures: Figures, cfg: Config) -> Table:
 
 
 def _moments(cfg: Config) -> str:
-    return "1 moment of the blocks' matrices, 2 of the rest" if isinstance(cfg.optimizer, MuonConfig) else "2 moments"
+    if isinstance(cfg.optimizer, MuonConfig):
+        return "1 moment of the blocks' matrices, 2 of the rest, float32"
+    if isinstance(cfg.optimizer, AdamW8bitConfig):
+        return "2 moments, 8-bit where a parameter is large enough"
+    return "2 moments, float32"
 
 
 def _disk(figures: Figures, cfg: Config) -> Table:

@@ -22,6 +22,16 @@ FIRST = 0xF0000
 LONGEST_REPETITION = 10_000
 
 
+def check_documents_apart(tokenizer: TextTokenizer) -> None:
+    """Raises ConfigError when a conversation's first token also ends its turns (data.attend_within_documents)."""
+    token, template = str(tokenizer.tokenizer.id_to_token(tokenizer.bos_id)), tokenizer.chat_template or ""
+    if tokenizer.bos_id == tokenizer.eos_id and ("eos_token" in template or token in template):
+        raise ConfigError(
+            f"data.attend_within_documents=true tells conversations apart by their first token, {token}, which also "
+            "ends turns in the chat template: leave it out."
+        )
+
+
 class ChatEncoder:
     """Turns conversations into ids and masks. Raises ConfigError for a template that is no Jinja."""
 

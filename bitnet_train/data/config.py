@@ -181,8 +181,9 @@ class DataStage:
     weights: dict[str, float] = field(default_factory=dict)
 
 
-# Where the stage begins: an optimizer step (a whole number) or a share of trainer.max_steps (0.8). (`from` is a keyword
-# in Python, so the field is added here.)
+# `from` is a keyword in Python, so the field is added here.
+
+# Where the stage begins: an optimizer step (a whole number) or a share of trainer.max_steps (0.8).
 DataStage.__annotations__["from"] = Union[int, float]  # noqa: UP007
 setattr(DataStage, "from", field(default=MISSING, init=False, repr=False, compare=False))
 dataclass(DataStage)
@@ -279,6 +280,9 @@ def check_data(cfg: DataConfig, context: int) -> None:
         raise ConfigError(f"data.shard_tokens={cfg.shard_tokens} is less than one sequence of {cfg.sequence_length}.")
     if not 1 <= cfg.shuffle_window < 2**40:
         raise ConfigError(f"data.shuffle_window is {cfg.shuffle_window}; it must be at least 1 (and less than 2^40).")
+    if cfg.shuffle is not Shuffle.window and cfg.shuffle_window != DataConfig().shuffle_window:
+        raise ConfigError(f"data.shuffle_window has no effect with data.shuffle={cfg.shuffle.value}: remove it, or use "
+                          "data.shuffle=window.")  # fmt: skip
     if cfg.validation_tokens is not None and cfg.validation_tokens < cfg.sequence_length:
         raise ConfigError(
             f"data.validation_tokens={cfg.validation_tokens} is less than one sequence of {cfg.sequence_length}."

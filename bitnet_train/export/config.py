@@ -79,7 +79,9 @@ class ConvertConfig:
     text: str | None = None
 
 
-# Folder to read: config.json and safetensors. (`from` is a keyword in Python, so the field is added here.)
+# `from` is a keyword in Python, so the field is added here.
+
+# Folder to read: config.json and safetensors.
 ConvertConfig.__annotations__["from"] = str | None
 setattr(ConvertConfig, "from", field(default=None, init=False, repr=False, compare=False))
 ConvertConfig.include = field(default_factory=lambda: ["*"])

@@ -230,6 +230,8 @@ def _check_fields(source: str, found: dict[str, Any], cfg: DecoderConfig) -> Non
         for field in shape_fields()
         if field.name not in FREE_FIELDS and found[field.name] != _plain(getattr(cfg, field.name))
     ]
+    if found["vocab"] != cfg.vocab:  # which follows it where nobody set it, and cannot be smaller
+        wrong.append(f"data.tokenizer.vocab_size={found['vocab']}")
     if wrong:
         raise ConfigError(f"init.from={source} is of another model: set {' '.join(wrong)}.")
 

@@ -184,11 +184,12 @@ class InitConfig:
     sub_norms: SubNorms | None = None
 
 
+# `from` is a keyword in Python, so the field is added here and is not an argument of the constructor. Read a second
+# time, the class lacks what the first reading took out of it.
+
 # Folder to start from instead: a run (RUN or RUN@STEP), an export, or a checkpoint of transformers (BitNet, llama,
 # Qwen2, Qwen3); such a checkpoint may also be a repository of the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION).
-# Its weights replace all that the other settings of init say. (`from` is a keyword in Python, so the field is added
-# here and is not an argument of the constructor. Read a second time, the class lacks what the first reading took out of
-# it.)
+# Its weights replace all that the other settings of init say.
 InitConfig.__annotations__["from"] = str | None
 setattr(InitConfig, "from", field(default=None, init=False, repr=False, compare=False))
 InitConfig.overrides = field(default_factory=list)

@@ -103,6 +103,7 @@ class OverrideConfig:
     trainable_scale: bool | None = None
     # 2 to 8, or 0 for inputs that stay floats.
     activation_bits: int | None = None
+    # As in quant.activation, which they stand for there.
     activation_statistic: Statistic | None = None
     activation_granularity: Granularity | None = None
     activation_group_size: int | None = None
@@ -222,7 +223,9 @@ PROGRESSIVE_CONFIGS: dict[str, type[ProgressiveConfig]] = {
 
 @dataclass
 class QuantConfig:
+    # The weights of the blocks' linear layers.
     weight: WeightQuantConfig = field(default_factory=WeightQuantConfig)
+    # The inputs of the quantised ones.
     activation: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
     # Precision of the two gradient matmuls of every quantised layer (float layers, as in quant=none, never use it).
     gradient: GradientConfig = field(default_factory=GradientConfig)

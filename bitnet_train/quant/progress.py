@@ -118,9 +118,10 @@ def check_progressive(cfg: ProgressiveConfig, spec: QuantSpec, total: int) -> No
     """Raises ConfigError for a way that does not end within the run of ``total`` steps or contradicts the spec."""
     key = f"quant.progressive={cfg.name}"
     for change in spec.late:
-        if not 0 < as_steps(change.since, total) < total:
+        since = as_steps(change.since, total, f"quant.overrides: since of '{change.pattern}'")
+        if not 0 < since < total:
             raise ConfigError(
-                f"quant.overrides: '{change.pattern}' since {change.since:g} is step {as_steps(change.since, total)}, "
+                f"quant.overrides: '{change.pattern}' since {change.since:g} is step {since}, "
                 f"which must lie within the run of trainer.max_steps={total}."
             )
     if isinstance(cfg, NotProgressive):
@@ -132,9 +133,10 @@ def check_progressive(cfg: ProgressiveConfig, spec: QuantSpec, total: int) -> No
         return
     name = "at" if isinstance(cfg, SwitchProgressive) else "until"
     value: float = getattr(cfg, name)
-    if not 0 < as_steps(value, total) < total:
+    step = as_steps(value, total, f"quant.progressive.{name}")
+    if not 0 < step < total:
         raise ConfigError(
-            f"quant.progressive.{name}={value:g} is step {as_steps(value, total)}, which must lie within the run of "
+            f"quant.progressive.{name}={value:g} is step {step}, which must lie within the run of "
             f"trainer.max_steps={total}, so that what is trained last is what ships."
         )
     if isinstance(cfg, NoiseProgressive) and not 0 < cfg.rate < 1:
@@ -144,13 +146,18 @@ def check_progressive(cfg: ProgressiveConfig, spec: QuantSpec, total: int) -> No
 def _check_stages(cfg: BitsProgressive, spec: QuantSpec, total: int) -> None:
     if not cfg.stages:
         raise ConfigError("quant.progressive.stages is empty: give at least one, for example {bits: 8, until: 0.1}.")
-    ends = [as_steps(stage.until, total) for stage in cfg.stages]
+    ends = [as_steps(stage.until, total, "until of quant.progressive.stages") for stage in cfg.stages]
     if any(stage.bits not in SYMMETRIC_BITS for stage in cfg.stages):
         raise ConfigError("quant.progressive.stages: bits must be 3, 4 or 8.")
     if ends != sorted(set(ends)) or not ends[0] > 0 or ends[-1] >= total:
         raise ConfigError(
             f"quant.progressive.stages end at steps {', '.join(map(str, ends))}, which must grow and lie within the "
             f"run of trainer.max_steps={total}."
+        )
+    bits = [stage.bits for stage in cfg.stages]
+    if bits != sorted(set(bits), reverse=True):
+        raise ConfigError(
+            f"quant.progressive.stages have {', '.join(map(str, bits))} bits, which must fall from stage to stage."
         )
     layers = [layer for layer in (spec.default, *(layer for _, layer in spec.overrides)) if layer.quantised]
     for stage in cfg.stages:

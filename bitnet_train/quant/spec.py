@@ -329,7 +329,10 @@ def _overridden(default: LayerQuant, override: OverrideConfig) -> LayerQuant:
     if scheme != default.scheme:
         # Another scheme starts from its own threshold, bits and statistic.
         given = {"threshold": 0.5, "bits": None, "statistic": ""} | given
-    return replace(default, scheme=scheme, **given)  # type: ignore[arg-type]
+    try:
+        return replace(default, scheme=scheme, **given)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"quant.overrides, '{override.pattern}': {error}") from None
 
 
 def _late(override: OverrideConfig) -> LateInputs:

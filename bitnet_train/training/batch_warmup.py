@@ -47,7 +47,7 @@ def batch_stages(
     for number, stage in enumerate(stages if max_steps else []):
         key = f"trainer.batch_warmup[{number}]"
         after = found[-1] if found else BatchStage(0, 0)
-        end = as_steps(stage.until, max_steps) if math.isfinite(stage.until) else 0
+        end = as_steps(stage.until, max_steps, f"{key}.until") if math.isfinite(stage.until) else 0
         if not after.until < end < max_steps:
             raise ConfigError(
                 f"{key}.until={stage.until:g} is step {end}, which must be after step {after.until} and before the "

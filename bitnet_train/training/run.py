@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from rich.console import Console
 
+from bitnet_train.data.chat_template import check_documents_apart
 from bitnet_train.data.config import MixtureCorpus
 from bitnet_train.data.mixture import stages
 from bitnet_train.data.shards import Manifest, verify_shards
@@ -145,15 +146,18 @@ def _train_from(
         console.print(f"already at step {first} of {cfg.trainer.max_steps}: nothing left to train")
         return TrainingOutcome(first, None, 0)
 
+    tokenizer = load_tokenizer(shards)
+    if cfg.text.attend_within_documents and learnt:
+        check_documents_apart(tokenizer)
     choices = choose(cfg)
     kernels = choose_backend(choices.device, cfg.kernels.backend)
     decoder = build_decoder(cfg.decoder, build_spec(cfg.quant), cfg.init, cfg.seed, kernels.backend)
     initial = initial_weights() if start is None else None
     if initial is not None:
-        check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, load_tokenizer(shards))
+        check_same_tokenizer(str(initial_source(cfg.init)), initial.tokenizer, tokenizer)
         console.print(f"init: {initial.description}", markup=False)
         if initial.lacks_sub_norms:
-            initial, sentence = insert_sub_norms(cfg, initial, shards, manifest, load_tokenizer(shards), choices.device)
+            initial, sentence = insert_sub_norms(cfg, initial, shards, manifest, tokenizer, choices.device)
             console.print(sentence, markup=False)
         fill_weights(decoder, initial.masters)
     decoder.checkpoint_activations(cfg.trainer.activation_checkpointing)
@@ -162,7 +166,6 @@ def _train_from(
     quantisation.set(first)
     remembered |= {"data_fingerprint": manifest.fingerprint, "from_step": first}
 
-    tokenizer = load_tokenizer(shards)
     if group.first():
         tokenizer.save(folder.tokenizer)  # The run outlives its shards.
     if cfg.evaluate.every_steps is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers.integrations.bitnet import AutoBitLinear
 
@@ -17,6 +18,8 @@ from bitnet_train.data.tokenizer import TextTokenizer
 from bitnet_train.export.huggingface import foreign
 from bitnet_train.export.huggingface.tokenizer_files import write_tokenizer
 from bitnet_train.nn import convert as nn_convert
+from bitnet_train.quant.spec import LayerQuant, build_spec
+from tests.composing import compose_node
 from tests.export.conftest import edit_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,27 +149,47 @@ def test_other_architectures(name: str, run: Run, tmp_path: Path, bpe: TextToken
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("settings", "reason", "described"),
     [
-        (("quant=binary",), "it ternarises at half the mean, and these weights are binary at 0.5"),
-        (("quant.weight.groups=4",), "it has one scale per tensor, and these have quant.weight.groups=4"),
-        (("quant.weight.threshold=0.7",), "it ternarises at half the mean, and these weights are ternary at 0.7"),
-        (("quant.activation.bits=null",), "it quantises inputs to 8 bits, and these stay floats"),
+        (("quant=binary",), "these weights are binary at 0.5", "binary, groups=1, inputs 8"),
+        (("quant.weight.groups=4",), "these have quant.weight.groups=4", "ternary, groups=4, inputs 8"),
+        (("quant.weight.groups=row",), "these have quant.weight.groups=row", "ternary, scales one per row, inputs 8"),
+        (("quant.weight.group_rows=4",), "no setting for the group rows", "ternary, scales of 4 rows, inputs 8"),
+        (("quant.weight.threshold=0.7",), "ternary at 0.7", "ternary, groups=1, inputs 8, threshold=0.7"),
+        (
+            ("quant.weight.scheme=symmetric", "quant.weight.bits=3"),
+            "these weights are symmetric",
+            "symmetric 3 bits, groups=1, inputs 8",
+        ),
+        (
+            ("quant.weight.scheme=symmetric", "quant.weight.bits=8", "quant.weight.statistic=absmean"),
+            "these weights are symmetric",
+            "symmetric 8 bits, groups=1, inputs 8, statistic=absmean",
+        ),
+        (("quant.activation.bits=null",), "these stay floats", "ternary, groups=1, inputs float"),
+        (
+            ("quant.activation.granularity=tensor",),
+            "no setting for the activation granularity",
+            "inputs 8, activation_granularity=tensor",
+        ),
     ],
 )
 def test_what_transformers_cannot_quantise_is_written_plain(
-    settings: tuple[str, ...], reason: str, llama: Path, run: Run, tmp_path: Path
+    settings: tuple[str, ...], reason: str, described: str, llama: Path, run: Run, tmp_path: Path
 ) -> None:
     code, output = run(llama, tmp_path / "to", *settings)
     assert code == 0, output
-    assert f"transformers will not quantise them: {reason}" in output
+    output = " ".join(output.replace("│", " ").split())
+    assert "transformers will not quantise them: " in output
+    assert reason in output
     config = json.loads((tmp_path / "to" / "config.json").read_text())
     assert "quantization_config" not in config
     record = json.loads((tmp_path / "to" / "bitnet_train.json").read_text())
     assert not record["quantised_by_transformers"]
-    layer = record["layers"]["model.layers.0.self_attn.q_proj"]
-    wanted = {"scheme": "ternary", "threshold": 0.5, "groups": 1, "activation_bits": 8}
-    assert {key: layer[key] for key in wanted} != wanted
+    quant = LayerQuant(**record["layers"]["model.layers.0.self_attn.q_proj"]["quant"])
+    wanted: Any = OmegaConf.to_object(compose_node(*settings).quant)
+    assert quant == build_spec(wanted).default != LayerQuant()
+    assert described in output
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to")
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
@@ -211,8 +234,9 @@ def test_bad_input_is_one_sentence_and_code_2(llama: Path, run: Run, tmp_path: P
         (llama, to, ("quant=none",), "would convert nothing"),
         (llama, to, ("convert.tokens=1",), "convert.tokens is 1; it must be at least 2"),
         (llama, to, ("convert.text=nowhere.txt",), "convert.text=nowhere.txt is no file"),
-        (llama, to, ("convert.exclude=[lm_heads]",), "exclude: the pattern 'lm_heads' matches no linear layer"),
-        (llama, to, ("convert.include=['*.wq']",), "include: the pattern '*.wq' matches no linear layer"),
+        (llama, to, ("convert.exclude=[lm_heads]",), "convert.exclude: the pattern 'lm_heads' matches no linear layer"),
+        (llama, to, ("kernels.backend=triton",), "kernels.backend=triton cannot run here"),
+        (llama, to, ("convert.include=['*.wq']",), "convert.include: the pattern '*.wq' matches no linear layer"),
         (llama, to, ("quant.weight.groups=5",), "self_attn.q_proj: quant.weight.groups=5 does not divide"),
         (save(make("gpt2"), tmp_path / "gpt2"), to, (), "(Conv1D is no nn.Linear)"),
         (

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_train.data.chat_template import check_documents_apart
 from bitnet_train.data.config import PretrainedTokenizer
 from bitnet_train.data.tokenizer import TextTokenizer, load_pretrained, load_tokenizer, read_chat_template
+from bitnet_train.errors import ConfigError
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
@@ -35,6 +37,28 @@ TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content 
 def test_where_it_is_looked_for(name: str, content: str, wanted: str | None, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert read_chat_template(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "eos", "refused"),
+    [
+        ("{{ m.content }}<|endoftext|>", 0, 0, True),
+        ("{{ m.content }}{{ eos_token }}", 0, 0, True),
+        ("{{ m.content }}\n", 0, 0, False),
+        ("{{ m.content }}{{ eos_token }}", 0, 1, False),
+        (None, 0, 0, False),
+    ],
+)
+def test_conversations_cannot_be_told_apart_by_what_ends_turns(
+    template: str | None, bos: int, eos: int, refused: bool, bpe: TextTokenizer
+) -> None:
+    assert bpe.tokenizer.id_to_token(0) == "<|endoftext|>"
+    tokenizer = replace(bpe, chat_template=template, bos_id=bos, eos_id=eos)
+    if not refused:
+        check_documents_apart(tokenizer)
+        return
+    with pytest.raises(ConfigError, match=r"by their first token, <\|endoftext\|>, which also ends turns"):
+        check_documents_apart(tokenizer)
 
 
 def test_it_stays_with_the_tokenizer(bpe: TextTokenizer, tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ def test_fine_tuning_and_conversations() -> None:
     first = talked[0]
     assert 1 < float(first["loss/total"]) / float(first["train/loss"]) < 256
     assert float(talked[-1]["train/loss"]) < float(first["train/loss"])
+    # The tokenizer's one special token begins a conversation and ends its turns.
+    apart = ["data.attend_within_documents=true", "run_name=apart", "init.from=runs/tuned", "trainer.max_steps=2"]
+    ended = run(["+recipe=sft", *SHAPE, *SHORT, *source, *apart])
+    assert ended.code == 2
+    assert "which also ends turns in the chat template" in ended.errors
 
 
 def test_from_16_to_1_58_bits_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,10 @@ def test_a_run_starts_from_an_export_and_goes_on(workspace: Workspace) -> None:
     assert "steps 3 to 5" in output
     for settings, sentence in (
         (("init.from=runs/a", "model.layers=3"), "is of another model: set model.layers=2."),
+        (
+            ("init.from=runs/a", "data.tokenizer.vocab_size=400"),
+            "is of another model: set model.vocab=320 data.tokenizer.vocab_size=320.",
+        ),
         (("trainer.max_steps=0",), "or 0 with init.from="),
     ):
         code, output = workspace.run("run_name=e", *settings)

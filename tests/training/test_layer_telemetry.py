@@ -13,6 +13,7 @@ from bitnet_train.nn.config import Activation, DecoderConfig, Norms
 from bitnet_train.nn.decoder import Decoder
 from bitnet_train.quant.activations import quantise_tokens
 from bitnet_train.quant.spec import QuantSpec
+from bitnet_train.training.telemetry import layers
 from bitnet_train.training.telemetry.config import TelemetryConfig, check_telemetry
 from bitnet_train.training.telemetry.layers import COLUMNS
 from tests.training.conftest import Workspace
@@ -80,6 +81,27 @@ def test_the_quantiser_input_is_what_was_quantised(norms: Norms) -> None:
 def test_impossible_settings_are_refused(cfg: TelemetryConfig) -> None:
     with pytest.raises(ConfigError, match="telemetry"):
         check_telemetry(cfg)
+
+
+def test_a_layer_that_stands_still_is_said(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "STILL_CODES", 1)
+    settings = ("telemetry.every_steps=1", "samples.every_steps=null", "checkpoint.every_steps=null")
+    # So slow that none of its codes moves, while the others learn.
+    slow = "optimizer.groups=[{pattern: 'layers.0.mlp.up_proj.*', lr: 1e-9}]"
+    code, output = workspace.run(*settings, "trainer.max_steps=4", slow, "run_name=slow")
+    assert code == 0, output
+    text = " ".join(output.split())
+    assert text.count("no code of layers.0.mlp.up_proj changed in the last 3 steps that were logged") == 1
+    assert "warning at step 3: no code of layers.0.mlp.up_proj" in text
+    assert text.count("no code of") == 1
+    # Not for those that are told to stay, wherever they stand among the groups; all that move are looked at.
+    for pattern, said in (("layers.0.mlp.up_proj.*", 0), ("embed_tokens.*", 0)):
+        frozen = f"optimizer.groups=[{{pattern: '{pattern}', lr: 0}}]"
+        text = workspace.run(*settings, "trainer.max_steps=4", frozen, f"run_name={pattern[:5]}")[1]
+        assert text.count("no code of") == said, text
+    both = "optimizer.groups=[{pattern: '*', lr: 1e-9}, {pattern: 'embed_tokens.*', lr: 0}]"
+    text = " ".join(workspace.run(*settings, "trainer.max_steps=2", both, "run_name=all")[1].split())
+    assert "warning at step 1: no code of any layer changed" in text
 
 
 def test_a_collapsing_layer_is_said(workspace: Workspace) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,7 @@ def _check_stored(ours: Any, theirs: Any) -> None:
 
 
 def _record(checkpoint: ForeignCheckpoint, report: ConversionReport, obstacle: str | None) -> dict[str, Any]:
-    """bitnet_train.json of a converted checkpoint."""
+    """bitnet_train.json of a converted checkpoint; ``quant`` of a layer are the fields of its LayerQuant."""
     return {
         "format": "converted",
         "from": str(checkpoint.folder),
@@ -287,10 +287,7 @@ def _record(checkpoint: ForeignCheckpoint, report: ConversionReport, obstacle: s
         "quantised_by_transformers": obstacle is None,
         "layers": {
             name: {
-                "scheme": layer.quant.scheme,
-                "threshold": layer.quant.threshold,
-                "groups": layer.quant.groups,
-                "activation_bits": layer.quant.activation_bits,
+                "quant": asdict(layer.quant),
                 "sha256": layer.digests,
             }
             for layer in report.layers

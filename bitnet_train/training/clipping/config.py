@@ -199,7 +199,7 @@ def _check_scheduled(cfg: ScheduledClip, total: int, where: str) -> None:
         raise ConfigError(f"{where}.start and {where}.max_norm must be positive; use clip=none for no clipping.")
     if cfg.shape is Shape.constant:
         raise ConfigError(f"{where}.shape=constant never moves: use clip=norm, or the shape linear or cosine.")
-    steps = as_steps(cfg.steps, total)
+    steps = as_steps(cfg.steps, total, f"{where}.steps")
     if cfg.steps <= 0 or (total and not 1 <= steps <= total):
         raise ConfigError(
             f"{where}.steps={cfg.steps:g} is {steps} steps, which must be at least 1 and at most the "

@@ -105,12 +105,13 @@ def check_regulariser(cfg: RegulariserConfig, model: ModelConfig, spec: QuantSpe
         return
     if not (cfg.strength > 0 and math.isfinite(cfg.strength)):
         raise ConfigError(f"regulariser.strength is {cfg.strength:g}; it must be positive (or regulariser=none).")
-    if cfg.start < 0 or cfg.ramp < 0 or as_steps(cfg.start, total) >= total:
+    start = as_steps(cfg.start, total, "regulariser.start")
+    whole = as_steps(cfg.ramp, total, "regulariser.ramp")
+    if cfg.start < 0 or cfg.ramp < 0 or start >= total:
         raise ConfigError(
             f"regulariser.start={cfg.start:g} and regulariser.ramp={cfg.ramp:g} must not be negative, and the start "
             f"must lie before trainer.max_steps={total}."
         )
-    start, whole = as_steps(cfg.start, total), as_steps(cfg.ramp, total)
     if total and start + whole > total + 1:  # both are rounded
         raise ConfigError(
             f"regulariser.start ({start} steps) and regulariser.ramp ({whole}) are longer than "

@@ -48,7 +48,7 @@ def check_finite(cfg: object, key: str) -> None:
 
 
 def _check_warm_up(cfg: ScheduleConfig, total: int, key: str) -> int:
-    warm = as_steps(cfg.warmup, total)
+    warm = as_steps(cfg.warmup, total, f"{key}.warmup")
     if cfg.warmup < 0 or warm >= total:
         raise ConfigError(
             f"{key}.warmup={cfg.warmup:g} is {warm} steps, which must be shorter than the run of "
@@ -68,7 +68,7 @@ def _check_warm_up(cfg: ScheduleConfig, total: int, key: str) -> int:
 
 
 def _check_decay(cfg: WsdSchedule | InverseSqrtSchedule, warm: int, total: int, key: str) -> None:
-    decay = as_steps(cfg.decay, total)
+    decay = as_steps(cfg.decay, total, f"{key}.decay")
     if cfg.decay < 0 or warm + decay > total:
         raise ConfigError(
             f"{key}: warm-up ({warm} steps) and decay ({decay}) are longer than the run of {total} steps."
@@ -84,7 +84,7 @@ def _check_decay(cfg: WsdSchedule | InverseSqrtSchedule, warm: int, total: int, 
 def _check_timescale(cfg: InverseSqrtSchedule, warm: int, total: int, key: str) -> None:
     if cfg.timescale is None and warm == 0:
         raise ConfigError(f"{key}.timescale=null takes the warm-up's length, but there is none: give one of both.")
-    if cfg.timescale is not None and (cfg.timescale <= 0 or as_steps(cfg.timescale, total) < 1):
+    if cfg.timescale is not None and (cfg.timescale <= 0 or as_steps(cfg.timescale, total, f"{key}.timescale") < 1):
         raise ConfigError(
             f"{key}.timescale={cfg.timescale:g} is less than a step of trainer.max_steps={total}: give at least 1 step."
         )

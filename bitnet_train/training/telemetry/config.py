@@ -23,3 +23,6 @@ def check_telemetry(cfg: TelemetryConfig) -> None:
         raise ConfigError(f"telemetry.most_zeros is {cfg.most_zeros:g}; it is a share above 0 and at most 1.")
     if cfg.scale_factor <= 1:
         raise ConfigError(f"telemetry.scale_factor is {cfg.scale_factor:g}; it must be above 1.")
+    if cfg.every_steps is None and cfg != TelemetryConfig(None):
+        raise ConfigError("telemetry.most_zeros and scale_factor have no effect with telemetry.every_steps=null, which "
+                          "looks at no layer: remove them.")  # fmt: skip

@@ -33,9 +33,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
+# A layer whose codes stay the same in so many logged steps is reported, if it has so many that this is no chance.
+STILL_STEPS, STILL_CODES = 3, 4096
+
+
 class LayerTelemetry(StepCallback):
     """Appends a row per quantised layer every ``telemetry.every_steps`` steps, and says once when a layer goes wrong:
-    nearly all of its codes zero, no code of any layer changing any more, a scale running away."""
+    nearly all of its codes zero, none of them changing any more, a scale running away."""
 
     def __init__(self, clock: TrainingClock, path: Path, console: Console) -> None:
         self.clock, self.path, self.console = clock, path, console
@@ -45,6 +49,8 @@ class LayerTelemetry(StepCallback):
         self._batch: Any = None
         # By layer and by the bits of its stage on the way to its codes: each has scales of its own kind.
         self._first_scales: dict[tuple[str, int | None], float] = {}
+        # Logged steps in a row without a flip, by layer.
+        self._still: dict[str, int] = {}
         self._warned: set[str] = set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,11 +156,24 @@ class LayerTelemetry(StepCallback):
             if not first / cfg.scale_factor <= row["scale"] <= first * cfg.scale_factor:
                 self._say(f"scale {name}", step, f"the scale of {name} went from {first:.3g} to {row['scale']:.3g}: "
                           "it is running away; lower optimizer.lr or clip harder")  # fmt: skip
-        rate = next(group["lr"] for group in module.optimizers(use_pl_optimizer=False).param_groups)  # type: ignore[union-attr]
-        skipped = module.guard is not None and module.guard.skipped_last()
-        if rate > 0 and not skipped and all(row["flips"] == 0 for row in rows.values()):
+        if module.guard is None or not module.guard.skipped_last():
+            self._warn_of_stillness(module, step, rows)
+
+    def _warn_of_stillness(self, module: TrainingModule, step: int, rows: dict[str, dict[str, float]]) -> None:
+        groups = module.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        # A layer without a rate is meant to stay as it is.
+        flips = {n: row["flips"] for n, row in rows.items() if rates.get(id(self._layers[n].weight), 0) > 0}
+        if flips and not any(flips.values()):
             self._say("flips", step, "no code of any layer changed in this step: the weights are too far from their "
                       "thresholds for the learning rate; raise optimizer.lr")  # fmt: skip
+            return
+        for name, share in flips.items():
+            self._still[name] = 0 if share else self._still.get(name, 0) + 1
+            if self._still[name] == STILL_STEPS and self._layers[name].weight.numel() >= STILL_CODES:
+                self._say(f"flips {name}", step, f"no code of {name} changed in the last {STILL_STEPS} steps that were "
+                          "logged, and those of other layers did: it has stopped learning; see its gradient in "
+                          "layers.csv, and raise its rate with optimizer.groups")  # fmt: skip
 
     def _say(self, what: str, step: int, sentence: str) -> None:
         if what not in self._warned:
