@@ -186,12 +186,12 @@ SAME_TIME: dict[str, list[str]] = {
     "dense, muon lr 5e-3": ["quant=none", "optimizer=muon", "optimizer.lr=5e-3", "trainer.max_steps=500"],
     "dense, muon lr 2.5e-3": ["quant=none", "optimizer=muon", "optimizer.lr=2.5e-3", "trainer.max_steps=500"],
     "muon lr 1e-2": ["optimizer=muon", "optimizer.lr=1e-2", "trainer.max_steps=610"],
-    "dense, lr 1.5e-3": ["quant=none", "optimizer.lr=1.5e-3", "trainer.max_steps=660"],
-    "lr 3e-3": ["trainer.max_steps=935"],
+    "dense, lr 1.5e-3": ["quant=none", "optimizer=adamw", "optimizer.lr=1.5e-3", "trainer.max_steps=660"],
+    "lr 3e-3": ["optimizer=adamw", "optimizer.lr=3e-3", "trainer.max_steps=935"],
 }
-# The rates of AdamW, in fewer steps: is the recipe's best for both?
+# The rates of AdamW, in fewer steps.
 RATES: dict[str, list[str]] = {
-    f"{twin}lr {lr}, 150 steps": [*settings, f"optimizer.lr={lr}", "trainer.max_steps=150"]
+    f"{twin}lr {lr}, 150 steps": [*settings, "optimizer=adamw", f"optimizer.lr={lr}", "trainer.max_steps=150"]
     for twin, settings in {"dense, ": ["quant=none"], "": []}.items()
     for lr in ("7.5e-4", "1.5e-3", "3e-3", "6e-3")
 }
