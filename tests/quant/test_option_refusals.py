@@ -273,9 +273,9 @@ TERNARY = QuantSpec()
         (LambdaProgressive(until=100), "until=100 is step 100, which must lie within the run of trainer.max_steps=100"),
         (LambdaProgressive(until=-0.5), "until=-0.5 is step -50"),
         (LambdaProgressive(until=0.999), "is step 100"),
-        (LambdaProgressive(until=float("nan")), "nan is no number of steps"),
+        (LambdaProgressive(until=float("nan")), "until is nan, which is no number of steps"),
         (SwitchProgressive(at=200), "quant.progressive.at=200 is step 200"),
-        (SwitchProgressive(at=float("inf")), "inf is no number of steps"),
+        (SwitchProgressive(at=float("inf")), "at is inf, which is no number of steps"),
         (LayerwiseProgressive(until=0.001), "until=0.001 is step 0"),
         (NoiseProgressive(until=100), "so that what is trained last is what ships"),
         (NoiseProgressive(rate=0.0), "rate is 0; it is a share between 0 and 1"),
@@ -331,5 +331,5 @@ def test_late_inputs_begin_within_the_run(since: float) -> None:
 def test_steps_and_shares() -> None:
     assert [as_steps(v, 200) for v in (0, 0.25, 0.999, 1, 1.0, 30, 2e3)] == [0, 50, 200, 1, 1, 30, 2000]
     for value in (1.5, 199.6, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match="is no number of steps: where a setting takes steps"):
+        with pytest.raises(ConfigError, match="which is no number of steps: give a whole number"):
             as_steps(value, 200)
