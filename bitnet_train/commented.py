@@ -22,12 +22,12 @@ def commented(node: DictConfig, resolve: bool = False) -> str:
     A list of settings that is empty is explained by the settings that an item of it may have.
     """
     text = OmegaConf.to_yaml(node, resolve=resolve)
-    lines = text.splitlines()
+    lines = text.splitlines(keepends=True)
     above: dict[int, list[str]] = {}
     for line, kind, name in _settings(yaml.compose(text), node):
         indent = " " * (len(lines[line]) - len(lines[line].lstrip(" ")))
-        above[line] = [f"{indent}{comment}" for comment in _above(kind, name, len(indent))]
-    return "".join(f"{line}\n" for number, one in enumerate(lines) for line in (*above.get(number, []), one))
+        above[line] = [f"{indent}{comment}\n" for comment in _above(kind, name, len(indent))]
+    return "".join(line for number, one in enumerate(lines) for line in (*above.get(number, []), one))
 
 
 def _settings(place: yaml.Node, node: Any) -> Iterator[tuple[int, type, str]]:

@@ -43,7 +43,7 @@ class Outer:
     # A reference.
     other: int = "${first.size}"  # type: ignore[assignment]
     # Several lines.
-    text: str = "one\ntwo: 3\n"
+    text: str = "one\ntwo: 3\n\u2028four: 4"
     # Nothing.
     nothing: Inner | None = None
 
