@@ -169,6 +169,9 @@ def _omegaconf(error: OmegaConfBaseException, text: str, catalogue: Catalogue) -
         if key == "recipe" or key.startswith("recipe."):
             return "Hydra's own recipe/ folder needs '# @package _global_' as the first line of the file."
         return unknown_key(key, error.object_type)
+    merged = re.search(r"Error merging override ([^=\s]+)=", text)
+    if merged and not key.startswith(merged[1].lstrip("+")):  # inside a list that the command line gives
+        key = f"{merged[1].lstrip('+')}: {key}"
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value and needs one."
     if isinstance(error, InterpolationResolutionError):
@@ -195,7 +198,9 @@ def _wrong_value(key: str, error: ValidationError, catalogue: Catalogue) -> str:
         return f"{key} must be {TYPES.get(kind[1], kind[1])}, not {given}."
     if "is not a ListConfig" in message:
         return f"{key} must be a list, such as [a,b], not '{value}'."
-    if "not Optional" in message or "is not optional" in message:
+    if re.match("Cannot assign [a-z]+ to Dict", message):
+        return f"{key} must be settings in braces, such as {{key: value}}, not '{value}'."
+    if "not Optional" in message or "is not optional" in message or "Incompatible value 'None'" in message:
         return f"{key} cannot be null."
     return f"{key}: {message}."
 
