@@ -93,14 +93,16 @@ def validate(cfg: Config) -> None:
 def check_given(cfg: Config, keys: Iterable[str]) -> None:
     """Raises ConfigError when ``keys``, which the command line sets, say how weights start that come from elsewhere.
 
-    A recipe may say it: ``init.from=`` and ``resume.from=`` are added to recipes that start from nothing.
+    A recipe may say it: ``init.from=`` and ``resume.from=`` are added to recipes that start from nothing. So may the
+    command line say that sub-norms start at 1, which ``model.norms=pre`` wants.
     """
     sources = {"init.from": initial_source(cfg.init), "resume.from": cfg.resume["from"]}
     source = next((key for key, value in sources.items() if value is not None), None)
     if source is None:
         return
+    allowed = {"init.from", "init.sub_norms"} | ({"init.sub_norm_gain"} if cfg.init.sub_norm_gain == 1 else set())
     for key in keys:
-        if key.partition(".")[0] == "init" and key not in ("init.from", "init.sub_norms"):
+        if key.partition(".")[0] == "init" and key not in allowed:
             raise ConfigError(f"{key} has no effect with {source}, which brings the weights: leave one of them out.")
 
 

@@ -7,7 +7,7 @@ from tests.training.conftest import Workspace
 
 @pytest.mark.usefixtures("pages")
 def test_a_sweep_leaves_a_page_per_run_and_one_of_all(workspace: Workspace) -> None:
-    code, output = workspace.run("-m", "optimizer.lr=1e-3,4e-3", "run_name=s", "trainer.max_steps=5")
+    code, output = workspace.run("-m", "optimizer.eps=1e-8,1e-6", "run_name=s", "trainer.max_steps=5")
     assert code == 0, output
     sweep = workspace.folder / "runs" / "s"
     pages = {path.parent.name: path.read_text() for path in sweep.glob("*/report.html")}
@@ -17,7 +17,7 @@ def test_a_sweep_leaves_a_page_per_run_and_one_of_all(workspace: Workspace) -> N
     assert code == 0, output
     assert "written: runs/s/report.html" in output
     page = (sweep / "report.html").read_text()
-    assert "They differ in optimizer.lr." in page
+    assert "They differ in optimizer.eps." in page
     assert all(name in page for name in pages)
     (sweep / next(iter(pages)) / "report.html").unlink()
     code, output = workspace.run("command=report", f"run=runs/s/{next(iter(pages))}")

@@ -58,7 +58,9 @@ def check_guard(cfg: GuardConfig) -> None:
         )
     if cfg.outlier_sigma is None and cfg.min_history is not None:
         raise ConfigError("guard.min_history has no effect without guard.outlier_sigma: remove it.")
-    if cfg.outlier_sigma is None and cfg.window != default.window:
-        raise ConfigError("guard.window has no effect without guard.outlier_sigma: remove it.")
+    if cfg.outlier_sigma is None and cfg.rollback_after is not None and cfg.window != default.window:
+        raise ConfigError(
+            "guard.window has no effect with guard.rollback_after and without guard.outlier_sigma: remove it."
+        )
     if cfg.rollback_after is None and cfg.max_rollbacks != default.max_rollbacks:
         raise ConfigError("guard.max_rollbacks has no effect without guard.rollback_after: remove it.")
