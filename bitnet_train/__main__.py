@@ -14,7 +14,6 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -350,16 +349,10 @@ def configuration(job: Job, catalogue: Catalogue) -> Config:
         if job.recipe is not None:
             node.run_name = run_name(job.recipe if node.run_name is None else node.run_name, job.name)
         cfg = to_config(node)
-        check_given(cfg, [override.key_or_group for override in parsed(job.overrides)])
+        check_given(cfg, [line.lstrip("+").partition("=")[0] for line in job.overrides])
         if node.command in NEED_TEXT and not cfg.on_images:
             open_corpus(cfg.text.corpus)  # says at once that the text is missing
     return cfg
-
-
-def parsed(overrides: list[str]) -> list[Override]:
-    """The settings of a command line as Hydra reads them."""
-    found: list[Override] = OverridesParser.create().parse_overrides(overrides)
-    return found
 
 
 def run_name(name: str, job: str) -> str:
@@ -396,7 +389,7 @@ def on_a_run(job: Job) -> DictConfig:
             return node
         raise ConfigError(f"run={node.run} is neither a run (no config.yaml there) nor an export (no config.json).")
     saved = from_plain(_read_saved(saved_file), saved_file)
-    for override in parsed(overrides):
+    for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if key == "recipe":
             continue

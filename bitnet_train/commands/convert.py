@@ -88,11 +88,13 @@ def layers_table(report: ConversionReport) -> Table:
 
 def describe_quant(quant: LayerQuant) -> str:
     """The scheme, the scales, the bits of the inputs, and what else is not as usual."""
-    rows = "one per row" if quant.groups == "row" else f"of {quant.group_rows} rows"
-    scales = f"groups={quant.groups}" if quant.group_rows is None and quant.groups != "row" else f"scales {rows}"
-    words = [quant.scheme, scales, f"inputs {quant.activation_bits or 'float'}"]
-    if quant.bits is not None:
-        words[0] += f" {quant.bits} bits"
+    scheme = quant.scheme if quant.bits is None else f"{quant.scheme} {quant.bits} bits"
+    scales = f"groups={quant.groups}"
+    if quant.groups == "row":
+        scales = "scales one per row"
+    elif quant.group_rows is not None:
+        scales = f"scales of {quant.group_rows} rows"
+    words = [scheme, scales, f"inputs {quant.activation_bits or 'float'}"]
     usual = LayerQuant(quant.scheme, bits=quant.bits)
     told = ("scheme", "groups", "group_rows", "bits", "activation_bits")
     others = [f for f in fields(usual) if f.name not in told and getattr(quant, f.name) != getattr(usual, f.name)]
